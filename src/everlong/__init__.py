@@ -1,0 +1,1 @@
+"""Everlong: sequence models whose cost stays linear."""

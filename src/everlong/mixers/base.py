@@ -1,0 +1,144 @@
+"""The contract of every mixing layer: ``(x, state) -> (y, state)``.
+
+A mixer is one file with one class. It declares ``Config`` (its options), ``State`` (what it keeps),
+``memory`` (how that grows) and writes ``init_state``, ``forward`` and ``step``. Nothing is registered:
+the file name is its name, and ``everlong check`` tests the laws of the contract on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import config, shapes
+from .. import state as states
+
+__all__ = ["Config", "Depth", "Memory", "Mixer", "Mixing", "identity_values", "split_heads"]
+
+Memory = Literal["none", "constant", "window", "linear"]
+
+
+class Depth(NamedTuple):
+    """Where a layer stands: ``layer`` of ``total``, for initial values that depend on it."""
+
+    layer: int = 0
+    total: int = 1
+
+    @property
+    def ratio(self) -> float:
+        """0 at the first layer, 1 at the last (RWKV's r01)."""
+        return self.layer / max(self.total - 1, 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(config.Config):
+    """Base of mixer options. ``build(d_model, depth)`` makes the layer."""
+
+    def build(self, d_model: int, depth: Depth = Depth()) -> Mixer:
+        """The layer for inputs of width ``d_model``."""
+        return self.owner(self, d_model, depth)
+
+
+class Mixing(NamedTuple):
+    """``output_i = sum_j matrix_ij values_j`` per head, before any output gate, norm or projection."""
+
+    matrix: Tensor  # [B H T T]
+    values: Tensor  # [B T H V]
+    output: Tensor  # [B T H V], computed by the op that forward uses
+
+
+class Mixer(nn.Module):
+    """Base of all mixing layers. Subclasses define ``Config``, ``State``, ``init_state``, ``forward``, ``step``."""
+
+    Config: ClassVar[type[Config]] = Config
+    memory: ClassVar[Memory] = "constant"
+    equation: ClassVar[str] = ""  # one line for tables
+    side: ClassVar[tuple[str, ...]] = ()  # values read from, or written for, other layers of the same call
+    no_decay: ClassVar[tuple[str, ...]] = ()  # parameters that weight decay must spare, beside all vectors
+
+    def __init__(self, cfg: Any, d_model: int, depth: Depth = Depth()) -> None:
+        super().__init__()
+        if not isinstance(cfg, type(self).Config):
+            raise ValueError(f"{type(self).__name__} needs its own Config, got {type(cfg).__qualname__}")
+        self.cfg, self.d_model, self.depth = cfg, d_model, depth
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "Config" in vars(cls):
+            cls.Config.owner = cls
+
+    def init_state(self, batch: int) -> Any:
+        """The state before the first token, for ``batch`` rows, on the device of the parameters."""
+        raise NotImplementedError(f"{type(self).__name__} defines no init_state")
+
+    def forward(self, x: Tensor, state: Any = None, *, starts: Tensor | None = None) -> tuple[Tensor, Any]:
+        """Many tokens: x [B T D] -> y [B T D] and the state after them. ``starts`` bool [B T] begins documents."""
+        raise NotImplementedError(f"{type(self).__name__} defines no forward")
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """One token: x [B D] -> y [B D] and the state after it. ``state`` is not changed."""
+        raise NotImplementedError(f"{type(self).__name__} defines no step")
+
+    def step_(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """``step`` for a caller that owns ``state`` alone and gives it up: buffers may be written in place."""
+        return self.step(x, state)
+
+    def begin(self, x: Tensor, state: Any, starts: Tensor | None = None) -> Any:
+        """Check the arguments of ``forward`` (or of ``step``, by x [B D]) and return the state to begin with."""
+        shapes.dims(f"x B {'T ' if x.dim() != 2 else ''}{self.d_model}", x)
+        if x.shape[1] == 0:
+            raise ValueError("x has no tokens (T = 0); give at least one")
+        if x.dtype not in shapes.FLOATS:
+            raise ValueError(f"x has dtype {x.dtype}, expected a floating dtype; embed token ids first")
+        if x.dim() == 3:
+            shapes.check_starts(starts, x.shape[0], x.shape[1])
+        if state is None:
+            return self.init_state(x.shape[0])
+        states.check_like(state, self.init_state(x.shape[0]), f"state of {type(self).__name__}")
+        return state
+
+    @property
+    def factory(self) -> dict[str, Any]:
+        """``device`` and ``dtype`` of the parameters, for convolution and key-value caches."""
+        parameter = next(self.parameters())
+        return {"device": parameter.device, "dtype": parameter.dtype}
+
+    @property
+    def memory_factory(self) -> dict[str, Any]:
+        """``device`` and ``dtype`` for recurrent states: fp32, or fp64 where the parameters are fp64."""
+        parameter = next(self.parameters())
+        return {"device": parameter.device, "dtype": shapes.state_dtype(parameter)}
+
+    def mixing(self, x: Tensor) -> Mixing:
+        """The token mixing of ``forward(x)`` from an empty state, taken apart (see ``Mixing``).
+
+        ``ValueError`` for mixers that are not linear in their values.
+        """
+        raise ValueError(f"{type(self).__name__} is not linear in its values, so it has no mixing matrix")
+
+    def mixing_matrix(self, x: Tensor) -> Tensor:
+        """The matrices M [B H T T] of a mixer that is linear in its values: ``y_i = sum_j M_ij v_j``.
+
+        H counts the heads (or channels) that mix differently. ``ValueError`` where there is no such matrix.
+        """
+        return self.mixing(x).matrix
+
+    @classmethod
+    def examples(cls) -> dict[str, Any]:
+        """Configurations that ``everlong check`` and the tests try; one per variant worth testing."""
+        return {"default": cls.Config()}
+
+
+def identity_values(batch: int, time: int, heads: int, like: Tensor) -> Tensor:
+    """Values [B T H T] with ``v_t`` the t-th unit vector: an op linear in v applied to them returns its own matrix."""
+    return torch.eye(time, dtype=like.dtype, device=like.device)[None, :, None].expand(batch, time, heads, time)
+
+
+def split_heads(width: int, n_heads: int) -> int:
+    """The width of one head; ``ValueError`` where the heads do not divide it."""
+    if n_heads < 1 or width < n_heads or width % n_heads:
+        raise ValueError(f"width {width} cannot be split into {n_heads} heads; choose a multiple of n_heads")
+    return width // n_heads

@@ -1,0 +1,113 @@
+"""What the ops share: the loop that defines them, chunking along time, and resets inside a chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def loop(step: Callable[..., Any], sequence: dict[str, Tensor | None], *, state: Tensor, starts: Tensor | None,
+         **fixed: Any) -> tuple[Tensor, Tensor]:
+    """The definition of an op: ``step`` applied to each token in turn, the state zeroed where one starts.
+
+    ``sequence`` holds the inputs with a time axis ``[B T ...]``; ``fixed`` those without.
+    """
+    tokens = {name: x.unbind(dim=1) for name, x in sequence.items() if x is not None}
+    outputs = []
+    for t, token in enumerate(zip(*tokens.values(), strict=True)):
+        if starts is not None:
+            state = torch.where(per_row(starts[:, t], state), 0.0, state)
+        y, state = step(**dict(zip(tokens, token, strict=True)), **fixed, state=state)
+        outputs.append(y)
+    return torch.stack(outputs, dim=1), state
+
+
+def per_row(flags: Tensor, like: Tensor) -> Tensor:
+    """``[B]`` reshaped to broadcast over the trailing axes of ``like``."""
+    return flags.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def to_chunks(x: Tensor, size: int) -> Tensor:
+    """``[B T ...] -> [B N C ...]``, the last chunk padded with zeros."""
+    batch, length = x.shape[:2]
+    missing = -length % size
+    if missing:
+        x = F.pad(x, [0, 0] * (x.dim() - 2) + [0, missing])
+    return x.reshape(batch, (length + missing) // size, size, *x.shape[2:])
+
+
+def heads_first(x: Tensor, size: int) -> Tensor:
+    """``[B T H ...] -> [B H N C ...]`` for batched matrix products over chunks."""
+    return to_chunks(x, size).movedim(3, 1)
+
+
+def heads_last(y: Tensor, length: int) -> Tensor:
+    """``[B H N C V] -> [B T H V]``, the padding dropped."""
+    return y.movedim(1, 3).flatten(1, 2)[:, :length]
+
+
+class Resets(NamedTuple):
+    """Which tokens of a chunk see which, given document starts. All bool; ``[B N ...]``."""
+
+    pair: Tensor  # [B N C C] token i and token j are of the same document
+    carry: Tensor  # [B N C] token i still sees the state that entered the chunk
+    last: Tensor  # [B N C] token j is of the document that leaves the chunk
+    keep: Tensor  # [B N] the state that entered also leaves
+
+    @classmethod
+    def of(cls, starts: Tensor, size: int) -> Resets:
+        """From ``starts`` bool ``[B T]`` for chunks of ``size`` tokens."""
+        document = to_chunks(starts.long(), size).cumsum(dim=2)
+        return cls(
+            pair=document[..., :, None] == document[..., None, :],
+            carry=document == 0,
+            last=document == document[..., -1:],
+            keep=document[..., -1] == 0,
+        )
+
+
+def segsum(g: Tensor) -> Tensor:
+    """``s[..., i, j] = g[j+1] + ... + g[i]`` for ``i >= j``, ``-inf`` above the diagonal.  ``[... C] -> [... C C]``.
+
+    Summed as a masked cumulative sum, never as a difference of two sums, which would cancel (Mamba-2, sec. 6).
+    """
+    size = g.shape[-1]
+    ones = torch.ones(size, size, dtype=torch.bool, device=g.device)
+    below = g[..., :, None].expand(*g.shape, size).masked_fill(~ones.tril(-1), 0.0)
+    return below.cumsum(dim=-2).masked_fill(~ones.tril(), float("-inf"))
+
+
+def suffix_sum(g: Tensor, dim: int) -> Tensor:
+    """Sum of what comes after each entry: ``s[j] = g[j+1] + ... + g[C-1]`` (0 for the last)."""
+    after = g.narrow(dim, 1, g.shape[dim] - 1).flip(dim).cumsum(dim).flip(dim)
+    return torch.cat([after, torch.zeros_like(g.narrow(dim, 0, 1))], dim=dim)
+
+
+def decayed_scores(q: Tensor, k: Tensor, g: Tensor, *, before: bool = False) -> Tensor:
+    """Masked products with a decay per key channel:  ``s_ij = sum_k q_ik k_jk exp(g_j+1 + ... + g_i)_k``.
+
+    ``q, k, g [... C K] -> [... C C]`` for ``i >= j``, C a power of two; with ``before`` token ``i`` reads
+    the state before its own decay, ``exp(g_j+1 + ... + g_i-1)`` for ``i > j``. Halves are anchored at their common border,
+    recursively, so every exponent is a sum of log decays, ``<= 0``, taken without subtraction.
+    """
+    size = q.shape[-2]
+    if size == 1:
+        diagonal = torch.zeros_like(q[..., :1]) if before else (q * k).sum(-1, keepdim=True)
+        return diagonal
+    half = size // 2
+    split = [x.reshape(*x.shape[:-2], 2, half, x.shape[-1]) for x in (q, k, g)]
+    inner = decayed_scores(*split, before=before)
+    (_, q2), (k1, _), (g1, g2) = (x.unbind(dim=-3) for x in split)
+    reach = g2.cumsum(dim=-2)
+    if before:
+        reach = torch.cat([torch.zeros_like(reach[..., :1, :]), reach[..., :-1, :]], dim=-2)
+    cross = (q2 * reach.exp()) @ (k1 * suffix_sum(g1, dim=-2).exp()).transpose(-1, -2)
+    top, bottom = inner.unbind(dim=-3)
+    return torch.cat([
+        torch.cat([top, torch.zeros_like(cross)], dim=-1),
+        torch.cat([cross, bottom], dim=-1),
+    ], dim=-2)

@@ -1,0 +1,172 @@
+"""States are values: frozen dataclasses of tensors, registered as pytrees, batch on axis 0 of every leaf.
+
+``@state`` declares one. ``gather``, ``stack``, ``nbytes``, ``save`` and ``load`` work on any state and on
+tuples of states. A leaf whose length grows with the text is declared with ``growing("end")`` (new
+entries are appended at the end; padded there when rows are stacked) or ``growing("start")`` (the
+newest entry is always last, older ones are padded with zeros in front).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from typing_extensions import dataclass_transform
+
+from .files import atomic_save_tensors, read_tensors
+
+S = TypeVar("S")
+
+
+def growing(pad: str) -> Any:
+    """Declare a leaf that grows along axis 1: ``pad`` says where a shorter row is padded."""
+    assert pad in ("start", "end"), pad
+    return dataclasses.field(metadata={"pad": pad})
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(growing,))
+def state(cls: type[S]) -> type[S]:
+    """Make ``cls`` a frozen dataclass of tensors, a pytree, with an ``nbytes`` property.
+
+    A mixer that keeps nothing between calls uses the empty tuple ``()`` as its state instead.
+    """
+    made = dataclasses.dataclass(frozen=True, eq=False)(cls)
+    made.nbytes = property(nbytes)  # type: ignore[attr-defined]
+    torch.export.register_dataclass(made)
+    return made
+
+
+def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Tensor, str | None]]:
+    """Yield ``(path, tensor, pad)`` for every tensor of a state; ``pad`` is None for fixed sizes."""
+    if isinstance(tree, Tensor):  # the state of most ops is one tensor
+        yield path.rstrip("."), tree, None
+    elif isinstance(tree, (tuple, list)):
+        for index, item in enumerate(tree):
+            yield from leaves(item, f"{path}{index}.")
+    elif dataclasses.is_dataclass(tree):
+        for field in dataclasses.fields(tree):
+            for name, leaf, pad in leaves(getattr(tree, field.name), f"{path}{field.name}."):
+                yield name, leaf, pad or field.metadata.get("pad")
+    else:
+        raise TypeError(f"a state holds tensors, dataclasses and tuples; got {type(tree).__name__} at {path!r}")
+
+
+def rebuild(tree: S, values: Iterator[Tensor]) -> S:
+    """A state shaped like ``tree`` whose leaves are taken from ``values`` in the order of ``leaves``."""
+    if isinstance(tree, Tensor):
+        return next(values)  # type: ignore[return-value]
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(rebuild(item, values) for item in tree)  # type: ignore[call-arg]
+    fields = dataclasses.fields(tree)  # type: ignore[arg-type]
+    return type(tree)(**{field.name: rebuild(getattr(tree, field.name), values) for field in fields})
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes held by all leaves of a state (all rows of the batch together)."""
+    return sum(leaf.numel() * leaf.element_size() for _, leaf, _ in leaves(tree))
+
+
+def batch_size(tree: Any) -> int | None:
+    """Rows of a state, or None for a state without tensors."""
+    return next((leaf.shape[0] for _, leaf, _ in leaves(tree)), None)
+
+
+def map_leaves(function: Any, tree: S) -> S:
+    """Apply ``function`` to every tensor of a state."""
+    return rebuild(tree, iter([function(leaf) for _, leaf, _ in leaves(tree)]))
+
+
+def gather(tree: S, rows: Tensor | Sequence[int]) -> S:
+    """Rows of a state, in the given order; repeated rows fork it."""
+    return map_leaves(lambda leaf: leaf[torch.as_tensor(rows, device=leaf.device)], tree)
+
+
+def stack(trees: Sequence[S]) -> S:
+    """One batched state from several; shorter histories are padded as their fields declare."""
+    if not trees:
+        raise ValueError("stack got no states; give it at least one")
+    columns = zip(*(list(leaves(tree)) for tree in trees), strict=True)
+    return rebuild(trees[0], iter([_cat(column) for column in columns]))
+
+
+def _cat(column: Sequence[tuple[str, Tensor, str | None]]) -> Tensor:
+    path, first, pad = column[0]
+    parts = [leaf for _, leaf, _ in column]
+    if pad is not None:
+        length = max(part.shape[1] for part in parts)
+        parts = [_padded(part, length, pad) for part in parts]
+    for part in parts:
+        if part.shape[1:] != first.shape[1:] and pad is None:
+            raise ValueError(
+                f"state leaf {path!r} has shapes {list(first.shape)} and {list(part.shape)}; "
+                "only states of the same model can be stacked"
+            )
+    return torch.cat(parts)
+
+
+def _padded(leaf: Tensor, length: int, pad: str) -> Tensor:
+    missing = leaf.new_zeros(leaf.shape[0], length - leaf.shape[1], *leaf.shape[2:])
+    return torch.cat([missing, leaf] if pad == "start" else [leaf, missing], dim=1)
+
+
+def check_like(tree: Any, like: Any, what: str = "state") -> None:
+    """Raise ``ValueError`` unless ``tree`` fits where ``like`` does (same leaves, sizes and dtypes).
+
+    The batch must agree too; lengths of growing leaves may differ.
+    """
+    ours, theirs = list(leaves(like)), list(leaves(tree))
+    if type(tree) is not type(like) or [name for name, *_ in ours] != [name for name, *_ in theirs]:
+        raise ValueError(
+            f"{what} is of another model: got {_describe(tree)}, expected {_describe(like)}; "
+            "make one with init_state(batch) of this model"
+        )
+    for (name, want, pad), (_, got, _) in zip(ours, theirs, strict=True):
+        if got.shape[0] != want.shape[0]:
+            raise ValueError(
+                f"{what} holds {got.shape[0]} rows, expected a batch of {want.shape[0]}; "
+                "use state.gather to pick rows or init_state(batch) to begin anew"
+            )
+        first = 2 if pad else 1
+        if got.dim() != want.dim() or got.shape[first:] != want.shape[first:]:
+            raise ValueError(
+                f"{what} is of another model: {name} has shape {list(got.shape)}, expected {list(want.shape)}"
+            )
+        if got.dtype != want.dtype:
+            raise ValueError(
+                f"{what} leaf {name} has dtype {got.dtype}, expected {want.dtype}; "
+                "convert the model or make a new state with init_state(batch)"
+            )
+
+
+def _describe(tree: Any) -> str:
+    if isinstance(tree, (tuple, list)):
+        return f"{len(tree)} layer states"
+    return type(tree).__qualname__
+
+
+def save(tree: Any, path: str | Path, meta: dict[str, str] | None = None) -> None:
+    """Write a state to one safetensors file, atomically."""
+    tensors = {name: leaf.detach().contiguous() for name, leaf, _ in leaves(tree)}
+    atomic_save_tensors(Path(path), tensors, {"format": "everlong-state", "meta": json.dumps(meta or {})})
+
+
+def load(path: str | Path, like: S) -> S:
+    """Read a state saved by ``save``; ``like`` is any state of the same model (``model.init_state(1)``).
+
+    Raises ``ValueError`` where the file is damaged or belongs to another model.
+    """
+    tensors = read_tensors(Path(path))
+    names = [name for name, *_ in leaves(like)]
+    if set(names) != set(tensors):
+        odd = sorted(set(names) ^ set(tensors))[:3]
+        raise ValueError(f"{path} holds the state of another model (differs at {', '.join(odd)})")
+    loaded = rebuild(like, iter([tensors[name] for name in names]))
+    rows = batch_size(loaded)
+    if rows is not None:
+        check_like(loaded, gather(like, [0] * rows), f"state in {path}")
+    return loaded

@@ -1,0 +1,24 @@
+"""Every test starts from the same seed; uninitialised memory is poisoned, so reading it shows."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seeded(monkeypatch):
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(False)
+    empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
+
+    def poisoned(make):
+        def made(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            if (tensor.is_floating_point() or tensor.is_complex()) and tensor.device.type == "cpu":
+                tensor.detach().fill_(float("nan"))
+            return tensor
+
+        return made
+
+    monkeypatch.setattr(torch, "empty", poisoned(empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(new_empty))
