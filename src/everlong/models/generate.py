@@ -1,0 +1,168 @@
+"""Generation: an iterator of tokens over one owned state, and of text over it.
+
+``generate`` reads the prompt in pieces, then yields one token at a time. Its ``session`` (state and next
+logits) is a value: save it, fork it, give it back to go on without reading anything twice.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import state as states
+from ..state import state
+from .lm import LanguageModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn. ``temperature`` 0 takes the most likely one; 0, None and 1.0 switch the rest off."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("temperature", 0.0, 100.0), ("top_p", 0.0, 1.0), ("min_p", 0.0, 1.0)):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f"{name} must be between {low:g} and {high:g}, got {value}")
+        if self.top_k < 0 or self.repetition_penalty <= 0:
+            raise ValueError(
+                f"top_k must be >= 0 and repetition_penalty > 0, got {self.top_k} and {self.repetition_penalty}"
+            )
+
+
+@state
+class Session:
+    """Everything needed to go on: the model's state and the logits of the next token."""
+
+    state: Any  # LanguageModel.State
+    logits: Tensor  # [B vocab]
+
+
+def new_session(model: LanguageModel, batch: int = 1) -> Session:
+    """An empty session, of the shapes of ``model``; what ``state.load`` needs as ``like``."""
+    weight = model.embedding.weight
+    logits = torch.zeros(batch, model.cfg.vocab_size, dtype=weight.dtype, device=weight.device)
+    return Session(state=model.init_state(batch), logits=logits)
+
+
+def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Logits [V] after temperature, top-k, top-p (nucleus, arXiv 1904.09751) and min-p (arXiv 2407.01082); -inf = out."""
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < len(logits):
+        logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], float("-inf"))
+    if sampling.min_p > 0:
+        odds = logits - logits.max()
+        logits = logits.masked_fill(odds < torch.tensor(sampling.min_p).log(), float("-inf"))
+    if sampling.top_p < 1:
+        ordered, order = logits.softmax(-1).sort(descending=True)
+        before = ordered.cumsum(-1) - ordered
+        drop = before >= sampling.top_p
+        drop[0] = False
+        logits = logits.masked_fill(torch.zeros_like(drop).scatter(0, order, drop), float("-inf"))
+    return logits
+
+
+def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits [V] with those of ``seen`` bool [V] made less likely (CTRL, arXiv 1909.05858)."""
+    if penalty == 1.0:
+        return logits
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+class generate(Iterator[int]):  # noqa: N801 - reads as a function, ends like an iterator
+    """Yields token ids that continue ``prompt`` (ids), at most ``max_tokens``, until one of ``stop_ids``.
+
+    ``session`` goes on from an earlier generation (the prompt may then be empty). After or during the
+    iteration, ``.session`` is the state that has read every token yielded so far, as a value.
+    ``ValueError`` for an empty prompt, ids outside the vocabulary, or weights that give NaN.
+    """
+
+    def __init__(self, model: LanguageModel, prompt: Sequence[int], *, max_tokens: int = 256,
+                 sampling: Sampling = Sampling(), session: Session | None = None, stop_ids: Sequence[int] = (),
+                 piece: int = 2048) -> None:
+        self.model, self.sampling, self.left, self.stop_ids = model, sampling, max_tokens, set(stop_ids)
+        device = model.embedding.weight.device
+        tokens = torch.as_tensor(list(prompt), dtype=torch.int64, device=device)[None]
+        if session is not None:
+            states.check_like(session, new_session(model), "session")
+        elif not tokens.numel():
+            raise ValueError("the prompt is empty; give at least one token, or a session to go on from")
+        self._check(tokens)
+        before = None if session is None else session.state
+        if tokens.numel():
+            self._logits, self._state = model.read(tokens, before, piece=piece)
+        else:
+            assert session is not None
+            self._logits, self._state = session.logits, before
+        self._state = states.map_leaves(torch.clone, self._state)  # owned: written in place from here on
+        self._seen = torch.zeros(model.cfg.vocab_size, dtype=torch.bool, device=device)
+        self._seen[tokens[0]] = True
+        self._generator = None if sampling.seed is None else torch.Generator(device).manual_seed(sampling.seed)
+
+    def _check(self, tokens: Tensor) -> None:
+        vocabulary = self.model.cfg.vocab_size
+        if tokens.numel() and not (0 <= int(tokens.min()) and int(tokens.max()) < vocabulary):
+            raise ValueError(
+                f"the prompt holds ids from {int(tokens.min())} to {int(tokens.max())}, expected 0 to "
+                f"{vocabulary - 1}; encode it with this model's tokenizer"
+            )
+
+    @property
+    def session(self) -> Session:
+        """The state after all tokens yielded so far; a copy, so going on does not change it."""
+        return Session(state=states.map_leaves(torch.clone, self._state), logits=self._logits.clone())
+
+    @torch.no_grad()
+    def __next__(self) -> int:
+        if self.left <= 0:
+            raise StopIteration
+        token = self._draw()
+        self.left = 0 if token in self.stop_ids else self.left - 1
+        self._seen[token] = True
+        self._logits, self._state = self.model.step_(torch.tensor([token], device=self._seen.device), self._state)
+        if token in self.stop_ids:
+            raise StopIteration
+        return token
+
+    def _draw(self) -> int:
+        logits = self._logits[0].float()
+        if not bool(torch.isfinite(logits).all()):
+            raise ValueError("the model's logits are not finite; its weights hold NaN or overflow in this dtype")
+        logits = penalised(logits, self._seen, self.sampling.repetition_penalty)
+        if self.sampling.temperature == 0:
+            return int(logits.argmax())
+        odds = filtered(logits, self.sampling).softmax(-1)
+        return int(torch.multinomial(odds, 1, generator=self._generator))
+
+
+def stream_text(tokens: Iterator[int], tokenizer: Any, stop: Sequence[str] = ()) -> Iterator[str]:
+    """Text pieces from token ids: whole characters only, ended before the first of the ``stop`` strings.
+
+    Text that may be the beginning of a stop string is held back until it is decided.
+    """
+    decoder, held = codecs.getincrementaldecoder("utf-8")("replace"), ""
+    for token in tokens:
+        held += decoder.decode(tokenizer.decode_bytes([token]))
+        cut = min((held.find(word) for word in stop if word in held), default=-1)
+        if cut >= 0:
+            yield held[:cut]
+            return
+        keep = max((size for word in stop for size in range(1, len(word)) if held.endswith(word[:size])), default=0)
+        ready = len(held) - keep
+        if ready:
+            yield held[:ready]
+            held = held[ready:]
+    held += decoder.decode(b"", final=True)
+    if held:
+        yield held

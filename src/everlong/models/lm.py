@@ -1,0 +1,197 @@
+"""A language model from a pattern of layers: embedding, layers, norm, head.
+
+``model(tokens, state, starts=...) -> (logits, state)`` obeys the contract of the mixers, on token ids. The state is
+the pytree of the layers' states and the position of each row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from .. import config, shapes
+from .. import state as states
+from ..mixers import base
+from ..state import state
+from .blocks import Layer, Norm
+
+LOSS_LOGITS = 2**24  # logits held at once by the loss
+
+
+class LanguageModel(nn.Module):
+    """Tokens [B T] -> logits [B T vocab]."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(config.Config):
+        """The whole architecture, visible in the saved JSON.
+
+        ``tied`` shares the embedding with the head; ``embed_scale`` multiplies embeddings (Griffin: sqrt D);
+        ``embed_norm`` normalises them (RWKV); ``logit_cap`` c gives ``c tanh(logits / c)``;
+        ``residual_fp32`` keeps the sum of the layers in fp32 under bf16 weights (Mamba).
+        """
+
+        vocab_size: int
+        d_model: int
+        layers: tuple[Layer.Config, ...]
+        norm: Norm.Config = field(default_factory=Norm.Config)
+        embed_norm: Norm.Config | None = None
+        tied: bool = True
+        embed_scale: float = 1.0
+        embed_std: float = 0.02
+        logit_cap: float | None = None
+        residual_fp32: bool = False
+
+        def __post_init__(self) -> None:
+            if not self.layers:
+                raise ValueError("a LanguageModel needs at least one layer")
+            if self.vocab_size < 1 or self.d_model < 1:
+                raise ValueError(f"vocab_size and d_model must be positive, got {self.vocab_size} and {self.d_model}")
+
+        def build(self) -> LanguageModel:
+            """The model, at its initial values."""
+            return LanguageModel(self)
+
+    @state
+    class State:
+        """What a model keeps of the text it has read."""
+
+        layers: tuple[Any, ...]
+        position: Tensor  # [B] int64, tokens since the start of the row's document
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.cfg = cfg
+        total = len(cfg.layers)
+        self.embedding = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        nn.init.normal_(self.embedding.weight, std=cfg.embed_std)
+        self.embed_norm = cfg.embed_norm.build(cfg.d_model) if cfg.embed_norm else None
+        self.layers = nn.ModuleList(
+            layer.build(cfg.d_model, base.Depth(index, total)) for index, layer in enumerate(cfg.layers)
+        )
+        self.norm = cfg.norm.build(cfg.d_model)
+        self.head = None if cfg.tied else nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        if self.head is not None:
+            nn.init.normal_(self.head.weight, std=0.02)
+
+    @property
+    def memory(self) -> str:
+        """The fastest growth among the layers: none, constant, window or linear."""
+        order = ("none", "constant", "window", "linear")
+        return max((block.memory for layer in self.layers for _, block in layer._blocks()), key=order.index)
+
+    def init_state(self, batch: int) -> State:
+        """The state before the first token, for ``batch`` rows."""
+        position = torch.zeros(batch, dtype=torch.int64, device=self.embedding.weight.device)
+        return self.State(layers=tuple(layer.init_state(batch) for layer in self.layers), position=position)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token ids [...] -> residual stream [... D]. ``ValueError`` for ids outside the vocabulary."""
+        try:
+            x = self.embedding(tokens)
+        except IndexError as error:
+            raise ValueError(
+                f"token ids from {int(tokens.min())} to {int(tokens.max())}, expected 0 to {self.cfg.vocab_size - 1}; "
+                "was the text encoded with this model's tokenizer?"
+            ) from error
+        if self.cfg.embed_scale != 1.0:
+            x = x * self.cfg.embed_scale
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
+        return x.to(shapes.state_dtype(x)) if self.cfg.residual_fp32 else x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [... D] -> logits [... vocab]."""
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        logits = F.linear(hidden, weight)
+        cap = self.cfg.logit_cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def hidden(self, tokens: Tensor, state: State | None = None, *,
+               starts: Tensor | None = None) -> tuple[Tensor, State]:
+        """Everything but the head: tokens [B T] -> normalised hidden states [B T D], state."""
+        before = self._begin(tokens, state, starts)
+        x, side, after = self.embed(tokens), {}, []  # type: ignore[var-annotated]
+        for layer, kept in zip(self.layers, before.layers, strict=True):
+            x, kept = layer(x, kept, starts=starts, side=side)
+            after.append(kept)
+        position = before.position + tokens.shape[1]
+        if starts is not None:
+            position = torch.where(starts.any(dim=1), starts.flip(1).long().argmax(dim=1) + 1, position)
+        return self.norm(x), self.State(layers=tuple(after), position=position)
+
+    def _begin(self, tokens: Tensor, state: State | None, starts: Tensor | None) -> State:
+        batch, time = shapes.dims("tokens B T", tokens)
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"tokens have dtype {tokens.dtype}, expected int64 ids; encode the text first")
+        if time == 0:
+            raise ValueError("tokens are empty (T = 0); give at least one token")
+        shapes.check_starts(starts, batch, time)
+        if state is None:
+            return self.init_state(batch)
+        states.check_like(state, self.init_state(batch))
+        return state
+
+    def forward(self, tokens: Tensor, state: State | None = None, *,
+                starts: Tensor | None = None) -> tuple[Tensor, State]:
+        """tokens [B T] -> logits [B T vocab], state. ``starts`` bool [B T] begins documents."""
+        hidden, after = self.hidden(tokens, state, starts=starts)
+        return self.logits(hidden), after
+
+    def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        """One token per row: tokens [B] -> logits [B vocab], state. ``state`` is not changed."""
+        return self._step(tokens, state, owned=False)
+
+    def step_(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        """``step`` for a caller that owns ``state`` alone and gives it up: buffers may be written in place."""
+        return self._step(tokens, state, owned=True)
+
+    def _step(self, tokens: Tensor, state: State, *, owned: bool) -> tuple[Tensor, State]:
+        x, side, after = self.embed(tokens), {}, []  # type: ignore[var-annotated]
+        for layer, kept in zip(self.layers, state.layers, strict=True):
+            x, kept = layer.step(x, kept, side=side, owned=owned)
+            after.append(kept)
+        return self.logits(self.norm(x)), self.State(layers=tuple(after), position=state.position + 1)
+
+    def loss(self, tokens: Tensor, targets: Tensor, *, starts: Tensor | None = None,
+             reduction: str = "mean") -> Tensor:
+        """Cross-entropy in nats of ``targets [B T]`` (-100 = not counted), reduced by "mean", "sum" or "none".
+
+        The logits of a large vocabulary are never held all at once: pieces of tokens are recomputed in backward.
+        """
+        hidden, _ = self.hidden(tokens, starts=starts)
+        rows, wanted = hidden.flatten(0, 1), targets.flatten()
+        size = max(1, LOSS_LOGITS // self.cfg.vocab_size)
+        if len(rows) <= size:
+            losses = self._losses(rows, wanted)
+        else:
+            losses = torch.cat([
+                checkpoint(self._losses, r, w, use_reentrant=False)
+                for r, w in zip(rows.split(size), wanted.split(size), strict=True)
+            ])
+        if reduction == "none":
+            return losses.view_as(targets)
+        return losses.sum() if reduction == "sum" else losses.sum() / (wanted != -100).sum().clamp_min(1)
+
+    def _losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = self.logits(hidden)
+        return F.cross_entropy(logits.to(shapes.state_dtype(logits)), targets, reduction="none")
+
+    @torch.no_grad()
+    def read(self, tokens: Tensor, state: State | None = None, *, piece: int = 2048) -> tuple[Tensor, State]:
+        """Read a long prompt in pieces: tokens [B T] -> logits [B vocab] after the last token, state."""
+        if piece < 1:
+            raise ValueError(f"piece must be at least 1 token, got {piece}")
+        hidden = None
+        for part in tokens.split(piece, dim=1):
+            hidden, state = self.hidden(part, state)
+        if hidden is None or state is None:
+            raise ValueError("tokens are empty (T = 0); give at least one token")
+        return self.logits(hidden[:, -1]), state
+
+
+LanguageModel.Config.owner = LanguageModel
