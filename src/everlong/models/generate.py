@@ -6,7 +6,6 @@ logits) is a value: save it, fork it, give it back to go on without reading anyt
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from .. import state as states
 from ..state import state
+from ..tokenizer import Tokenizer
 from .lm import LanguageModel
 
 
@@ -146,14 +146,14 @@ class generate(Iterator[int]):  # noqa: N801 - reads as a function, ends like an
         return int(torch.multinomial(odds, 1, generator=self._generator))
 
 
-def stream_text(tokens: Iterator[int], tokenizer: Any, stop: Sequence[str] = ()) -> Iterator[str]:
+def stream_text(tokens: Iterator[int], tokenizer: Tokenizer, stop: Sequence[str] = ()) -> Iterator[str]:
     """Text pieces from token ids: whole characters only, ended before the first of the ``stop`` strings.
 
     Text that may be the beginning of a stop string is held back until it is decided.
     """
-    decoder, held = codecs.getincrementaldecoder("utf-8")("replace"), ""
+    decoder, held = tokenizer.decoder(), ""
     for token in tokens:
-        held += decoder.decode(tokenizer.decode_bytes([token]))
+        held += decoder.feed(token)
         cut = min((held.find(word) for word in stop if word in held), default=-1)
         if cut >= 0:
             yield held[:cut]
@@ -163,6 +163,6 @@ def stream_text(tokens: Iterator[int], tokenizer: Any, stop: Sequence[str] = ())
         if ready:
             yield held[:ready]
             held = held[ready:]
-    held += decoder.decode(b"", final=True)
+    held += decoder.flush()
     if held:
         yield held

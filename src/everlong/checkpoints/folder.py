@@ -1,0 +1,108 @@
+"""Models in folders: ``config.json`` and ``model.safetensors`` (and ``tokenizer.json`` where it is not bytes).
+
+Bit-equal, never pickle. The config records the length and checksum of the weights, so that a truncated or
+altered file is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..files import atomic_save_tensors, atomic_write, read_tensors
+from ..models.lm import LanguageModel
+from ..tokenizer import FILE, ByteTokenizer, FileTokenizer, open_tokenizer
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def save(model: LanguageModel, folder: str | Path, tokenizer: FileTokenizer | ByteTokenizer | None = None) -> None:
+    """Write ``model`` to ``folder`` (made where missing), each file whole or not at all.
+
+    ``OSError`` where it cannot be written; files of an earlier save are then intact.
+    """
+    folder = Path(folder)
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
+    atomic_save_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    if isinstance(tokenizer, FileTokenizer):
+        atomic_write(folder / FILE, tokenizer.library.to_str())
+    size, checksum = _fingerprint(folder / WEIGHTS)
+    data = {"format": "everlong-1", "weights": {"bytes": size, "crc32": checksum}, "model": model.cfg.to_dict()}
+    atomic_write(folder / CONFIG, json.dumps(data, indent=1) + "\n")
+
+
+def load(folder: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> LanguageModel:
+    """The model saved in ``folder``, in evaluation mode; ``dtype`` converts its weights.
+
+    ``ValueError`` for a folder without a model, an unknown config key, weights that are truncated, altered,
+    of another shape, or not finite.
+    """
+    data = read_config(folder)
+    path = Path(folder) / WEIGHTS
+    if not path.is_file():
+        raise ValueError(f"{folder} holds a {CONFIG} but no {WEIGHTS}; copy it there, or save the model again")
+    size, checksum = _fingerprint(path)
+    expected = data.get("weights", {})
+    if (size, checksum) != (expected.get("bytes", size), expected.get("crc32", checksum)):
+        raise ValueError(
+            f"{path} is not the file that was saved ({size} bytes, checksum {checksum}; expected "
+            f"{expected.get('bytes')}, {expected.get('crc32')}); it was truncated or altered, copy it again"
+        )
+    tensors = read_tensors(path)
+    with torch.device("meta"):
+        model = LanguageModel.Config.from_dict(data["model"]).build()
+    _check_tensors(model, tensors, path)
+    model.load_state_dict(tensors, assign=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def load_tokenizer(folder: str | Path) -> FileTokenizer | ByteTokenizer:
+    """The tokenizer saved beside a model: its ``tokenizer.json``, or bytes."""
+    read_config(folder)
+    return open_tokenizer(folder)
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The checked contents of ``config.json``."""
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise ValueError(f"no model in {folder} ({CONFIG} is missing); give a folder written by everlong.save")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); it was truncated or altered") from error
+    if not isinstance(data, dict) or data.get("format") != "everlong-1" or "model" not in data:
+        raise ValueError(f"{path} does not describe an Everlong model (format 'everlong-1' and a 'model')")
+    return data
+
+
+def _fingerprint(path: Path) -> tuple[int, int]:
+    size = checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            size, checksum = size + len(block), zlib.crc32(block, checksum)
+    return size, checksum
+
+
+def _check_tensors(model: LanguageModel, tensors: dict[str, Tensor], path: Path) -> None:
+    wanted = model.state_dict()
+    odd = sorted(set(wanted) ^ set(tensors))
+    if odd:
+        raise ValueError(f"{path} does not fit its config: {len(odd)} tensors differ, first {odd[0]!r}")
+    for name, want in wanted.items():
+        got = tensors[name]
+        if got.shape != want.shape:
+            raise ValueError(
+                f"{path} does not fit its config: {name} has shape {list(got.shape)}, expected {list(want.shape)}"
+            )
+        if got.is_floating_point() and not bool(torch.isfinite(got).all()):
+            raise ValueError(f"{path}: {name} holds NaN or infinity; training diverged or the file was altered")
+
+
