@@ -1,0 +1,228 @@
+"""Selective scan (Mamba-1):  h_t = exp(dt_t A) h_{t-1} + (dt_t x_t) B_t^T,   y_t = h_t C_t (+ D x_t)   per channel.
+
+``x, dt [B T C]`` with ``dt > 0`` (after softplus), ``A [C K] <= 0``, ``B, C [B T K]`` shared by all channels, ``D [C]``.
+The state h is ``[B C K]``. B is discretised as ``dt B`` (Euler), as published weights expect, not by the
+zero-order hold of the paper's text. Source: arXiv 2312.00752, sec. 3.2-3.3 and algorithm 2.
+
+The chunk form keeps h of one chunk at a time. Its backward pass computes h again from the states at the
+chunks' borders, so memory is O(B T C) and never O(B T C K).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..shapes import check_starts, dims, state_dtype
+from . import dispatch
+from .cases import Case
+from .common import loop
+
+SEQUENCE = ("x", "dt", "B", "C")
+CHUNK = 16
+LOG2E = 1 / math.log(2)
+
+
+def selective_scan_step(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, *, A: Tensor, D: Tensor | None = None,
+                        state: Tensor) -> tuple[Tensor, Tensor]:
+    """One token, the definition. x, dt [B C], B, C [B K], A [C K], D [C], state [B C K] -> y [B C], state."""
+    dtype = state.dtype
+    wide, dt = x.to(dtype), dt.to(dtype)
+    decay = (dt[..., None] * A.to(dtype)).exp()
+    state = decay * state + (dt * wide)[..., None] * B.to(dtype)[:, None]
+    y = torch.einsum("bck,bk->bc", state, C.to(dtype))
+    if D is not None:
+        y = y + D.to(dtype) * wide
+    return y.to(x.dtype), state
+
+
+def selective_scan_reference(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, *, A: Tensor, D: Tensor | None = None,
+                             state: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The loop over ``selective_scan_step``."""
+    sequence: dict[str, Tensor | None] = {"x": x, "dt": dt, "B": B, "C": C}
+    return loop(selective_scan_step, sequence, A=A, D=D, state=state, starts=starts)
+
+
+def selective_scan_chunk(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, *, A: Tensor, D: Tensor | None = None,
+                         state: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Chunks one after the other; inside a chunk all but one multiply-add per token is done for all tokens at once."""
+    dtype = state.dtype
+    wide, dt, B, C, A = (tensor.to(dtype) for tensor in (x, dt, B, C, A))
+    u = dt * wide
+    tensors = (dt, u, A, B, C, state)
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    y, final, _ = _scan(*tensors, starts, keep)
+    if D is not None:
+        y = torch.addcmul(y, D.to(dtype), wide)
+    return y.to(x.dtype), final
+
+
+class _Chunk:
+    """N consecutive tokens, time first. Inputs are rows ``[N*B 1 C]`` or ``[N*B 1 K]``, states ``[N*B K C]``.
+
+    Channels are the last axis because dt, x and A all have it: every product then runs along memory.
+    Buffers are handed in: a new one for each result would cost more than the arithmetic.
+    """
+
+    def __init__(self, part: slice, dt: Tensor, u: Tensor, B: Tensor, C: Tensor, starts: Tensor | None) -> None:
+        """All inputs ``[T B ...]``."""
+        self.length, self.batch = dt[part].shape[:2]
+        self.dt, self.u, self.B, self.C = (rows(tensor, part) for tensor in (dt, u, B, C))
+        self.resets = None if starts is None else starts[part].flatten().nonzero()[:, 0]
+
+    def decays(self, A: Tensor, out: Tensor) -> Tensor:
+        """exp(dt A), 0 where a document starts. ``A [K C]`` comes divided by log 2, as exp2 is 3 times faster."""
+        torch.mul(self.dt, A, out=out).exp2_()
+        return out if self.resets is None else out.index_fill_(0, self.resets, 0.0)
+
+    def states(self, decays: Tensor, before: Tensor, out: Tensor) -> Tensor:
+        """h of every token, given the one before the first ``[B K C]``."""
+        torch.mul(self.u, self.B.transpose(1, 2), out=out)
+        for decay, h in zip(self.tokens(decays), self.tokens(out), strict=True):
+            before = h.addcmul_(decay, before)
+        return out
+
+    def adjoints(self, grad_y: Tensor, decays: Tensor, after: Tensor, out: Tensor) -> Tensor:
+        """dL/dh of every token, given what the tokens behind the chunk add to that of the last, ``[B K C]``."""
+        torch.mul(grad_y, self.C.transpose(1, 2), out=out)
+        tokens, decay = self.tokens(out), self.tokens(decays)
+        tokens[-1].add_(after)
+        for t in range(self.length - 2, -1, -1):
+            tokens[t].addcmul_(decay[t + 1], tokens[t + 1])
+        return out
+
+    def tokens(self, states: Tensor) -> tuple[Tensor, ...]:
+        """``[N*B K C]`` as N views ``[B K C]``."""
+        return states.view(self.length, self.batch, *states.shape[1:]).unbind()
+
+
+def rows(x: Tensor, part: slice) -> Tensor:
+    """Tokens ``part`` of x ``[T B C]`` as a view ``[N*B 1 C]``."""
+    return x[part].flatten(0, 1)[:, None]
+
+
+def _chunks(length: int) -> list[slice]:
+    return [slice(start, min(start + CHUNK, length)) for start in range(0, length, CHUNK)]
+
+
+def _time_first(*tensors: Tensor | None) -> list[Any]:
+    return [None if tensor is None else tensor.transpose(0, 1).contiguous() for tensor in tensors]
+
+
+def _buffers(count: int, u: Tensor, A: Tensor) -> list[Tensor]:
+    """Room for the states of one chunk, ``[N*B K C]`` each."""
+    return [u.new_empty(min(CHUNK, len(u)) * u.shape[1], *A.shape) for _ in range(count)]
+
+
+@torch.library.custom_op("everlong::selective_scan", mutates_args=())
+def _scan(dt: Tensor, u: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, starts: Tensor | None,
+          keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """y [B T C], the final state and, with ``keep``, the states [n B K C] before each chunk; ``u = dt x``."""
+    dt, u, B, C, starts = _time_first(dt, u, B, C, starts)
+    A = A.t().contiguous() * LOG2E
+    y, before, borders = torch.empty_like(u), state.transpose(1, 2).contiguous(), []
+    buffers = _buffers(2, u, A)
+    for part in _chunks(len(u)):
+        borders.append(before)
+        chunk = _Chunk(part, dt, u, B, C, starts)
+        decays, h = (buffer[: len(chunk.u)] for buffer in buffers)
+        chunk.states(chunk.decays(A, decays), before, h)
+        torch.bmm(chunk.C, h, out=rows(y, part))
+        before = chunk.tokens(h)[-1].clone()
+    kept = torch.stack(borders) if keep else u.new_empty(0)
+    return y.transpose(0, 1).contiguous(), before.transpose(1, 2).contiguous(), kept
+
+
+@_scan.register_fake
+def _(dt: Tensor, u: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, starts: Tensor | None,
+      keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (-(-u.shape[1] // CHUNK), state.shape[0], state.shape[2], state.shape[1]) if keep else (0,)
+    return torch.empty(u.shape, dtype=u.dtype, device=u.device), torch.empty_like(state), u.new_empty(shape)
+
+
+@torch.library.custom_op("everlong::selective_scan_backward", mutates_args=())
+def _scan_backward(grad_y: Tensor, grad_state: Tensor, dt: Tensor, u: Tensor, A: Tensor, B: Tensor, C: Tensor,
+                   starts: Tensor | None, borders: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of dt, u, A, B, C and the initial state; the states are computed again chunk by chunk, last first."""
+    grad_y, dt, u, B, C, starts = _time_first(grad_y, dt, u, B, C, starts)
+    A = A.t().contiguous()
+    scaled, after, grad_A = A * LOG2E, grad_state.transpose(1, 2).contiguous(), torch.zeros_like(A)
+    grads = [torch.empty_like(tensor) for tensor in (dt, u, B, C)]
+    buffers = _buffers(3, u, A)
+    for part, before in zip(reversed(_chunks(len(u))), reversed(borders.unbind()), strict=True):
+        chunk = _Chunk(part, dt, u, B, C, starts)
+        decays, h, adjoint = (buffer[: len(chunk.u)] for buffer in buffers)
+        chunk.states(chunk.decays(scaled, decays), before, h)
+        chunk.adjoints(rows(grad_y, part), decays, after, adjoint)
+        grad_dt, grad_u, grad_B, grad_C = (rows(grad, part) for grad in grads)
+        torch.bmm(rows(grad_y, part), h.transpose(1, 2), out=grad_C)
+        torch.bmm(chunk.u, adjoint.transpose(1, 2), out=grad_B)
+        torch.bmm(chunk.B, adjoint, out=grad_u)
+        carried = adjoint.mul_(decays)  # what each token hands to the one before it
+        after = chunk.tokens(carried)[0].clone()
+        carried[chunk.batch :].mul_(h[: -chunk.batch])
+        carried[: chunk.batch].mul_(before)  # now dL/d(dt A)
+        torch.sum(torch.mul(carried, A, out=h), 1, keepdim=True, out=grad_dt)
+        grad_A += carried.mul_(chunk.dt).sum(0)
+    grads = [grad.transpose(0, 1).contiguous() for grad in grads]
+    return grads[0], grads[1], grad_A.t().contiguous(), grads[2], grads[3], after.transpose(1, 2).contiguous()
+
+
+@_scan_backward.register_fake
+def _(grad_y: Tensor, grad_state: Tensor, dt: Tensor, u: Tensor, A: Tensor, B: Tensor, C: Tensor,
+      starts: Tensor | None, borders: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(tensor) for tensor in (dt, u, A, B, C, grad_state))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    dt, u, A, B, C, _, starts, _ = inputs
+    ctx.save_for_backward(dt, u, A, B, C, starts, output[2])
+
+
+def _backward(ctx: Any, grad_y: Tensor, grad_state: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_scan_backward(grad_y, grad_state, *ctx.saved_tensors), None, None)
+
+
+_scan.register_autograd(_backward, setup_context=_save)
+
+TABLE = (
+    dispatch.Impl("torch", selective_scan_chunk),
+    dispatch.Impl("reference", selective_scan_reference),
+)
+
+
+def selective_scan(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, *, A: Tensor, D: Tensor | None = None,
+                   state: Tensor | None = None, starts: Tensor | None = None,
+                   backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """Selective scan (see the module for the equations).
+
+    x, dt [B T C] with ``dt > 0``, B, C [B T K], A [C K] ``<= 0``, D [C], state [B C K] in fp32 or fp64,
+    starts bool [B T]. Returns y [B T C] in the dtype of x, and the final state. ``ValueError`` for shapes or
+    dtypes that do not fit.
+    """
+    batch, time, channels, keys = dims(
+        "x B T C, dt B T C, B B T K, C B T K, A C K, D C", x, dt, B, C, A, D)
+    check_starts(starts, batch, time)
+    if state is None:
+        state = x.new_zeros(batch, channels, keys, dtype=state_dtype(x))
+    dims("x B T C, A C K, state B C K", x, A, state)
+    return dispatch.run(TABLE, dict(x=x, dt=dt, B=B, C=C, A=A, D=D, state=state, starts=starts), backend)
+
+
+def inputs(case: Case) -> dict[str, Tensor | None]:
+    """Random inputs for tests and benchmarks: ``heads * values`` channels, with and without D; ``dt A`` is the gate."""
+    channels = case.heads * case.values
+    tokens = (case.batch, case.time)
+    dt = -case.log_decay(*tokens, channels) if case.gate is None else torch.full((*tokens, channels), 0.5).to(case.dtype)
+    A = -torch.rand(channels, case.keys, dtype=case.dtype) if case.gate is None else None
+    return dict(
+        x=case.randn(*tokens, channels), dt=dt, B=case.randn(*tokens, case.keys), C=case.randn(*tokens, case.keys),
+        A=2 * case.log_decay(channels, case.keys) if A is None else A,
+        D=case.randn(channels) if case.variant == "D" else None,
+    )
+
+
+VARIANTS = ("D", "no D")
