@@ -87,27 +87,45 @@ def suffix_sum(g: Tensor, dim: int) -> Tensor:
     return torch.cat([after, torch.zeros_like(g.narrow(dim, 0, 1))], dim=dim)
 
 
+class Decayed(NamedTuple):
+    """What ``decay_pairs`` returns: scores inside a chunk, and reads, keys and decay as seen from its borders."""
+
+    scores: Tensor  # [... C C] with zeros above the diagonal
+    reads: Tensor  # [... C K] reads decayed from the start of the chunk
+    keys: Tensor  # [... C K] keys decayed to the end of the chunk
+    keep: Tensor  # [... K] the decay over the whole chunk
+
+
+def decay_pairs(reads: Tensor, keys: Tensor, decay: Tensor, own: Tensor) -> Decayed:
+    """Masked products with a decay per key channel:  ``s_ij = sum_k r_ik k_jk (d_j+1 ... d_i-1)_k`` for ``i > j``.
+
+    ``reads, keys, decay [... C K]``, C a power of two, decays in ``[0, 1]``; leading axes broadcast. Token i reads
+    the state before its own decay (multiply ``reads`` by it for the state after), and ``own [... C]`` is the diagonal.
+    Neighbouring blocks meet at their common border and merge, from 1 token up to C: decays are only
+    multiplied, never divided, so nothing overflows or cancels, and an underflow is an exact 0.
+    """
+    scores = own[..., None, None]
+    reads, keys, keep = (x.unsqueeze(-2) for x in (reads, keys, decay))
+    while reads.shape[-3] > 1:
+        (s1, s2), (r1, r2), (k1, k2), (d1, d2) = (_neighbours(x) for x in (scores, reads, keys, keep))
+        cross = r2 @ k1.transpose(-1, -2)
+        scores = torch.cat([F.pad(s1, (0, s1.shape[-1])), torch.cat([cross, s2], dim=-1)], dim=-2)
+        reads, keys, keep = torch.cat([r1, r2 * d1], dim=-2), torch.cat([k1 * d2, k2], dim=-2), d1 * d2
+    return Decayed(scores.squeeze(-3), reads.squeeze(-3), keys.squeeze(-3), keep.squeeze(-3).squeeze(-2))
+
+
+def _neighbours(blocks: Tensor) -> tuple[Tensor, ...]:
+    """``[... N C K]`` as the first and the second block of each pair, ``[... N/2 C K]`` twice."""
+    return blocks.unflatten(-3, (-1, 2)).unbind(dim=-3)
+
+
 def decayed_scores(q: Tensor, k: Tensor, g: Tensor, *, before: bool = False) -> Tensor:
-    """Masked products with a decay per key channel:  ``s_ij = sum_k q_ik k_jk exp(g_j+1 + ... + g_i)_k``.
+    """Masked products with a log decay ``g <= 0`` per key channel: ``s_ij = sum_k q_ik k_jk exp(g_j+1 + ... + g_i)_k``.
 
     ``q, k, g [... C K] -> [... C C]`` for ``i >= j``, C a power of two; with ``before`` token ``i`` reads
-    the state before its own decay, ``exp(g_j+1 + ... + g_i-1)`` for ``i > j``. Halves are anchored at their common border,
-    recursively, so every exponent is a sum of log decays, ``<= 0``, taken without subtraction.
+    the state before its own decay, ``exp(g_j+1 + ... + g_i-1)`` for ``i > j``. See ``decay_pairs``.
     """
-    size = q.shape[-2]
-    if size == 1:
-        diagonal = torch.zeros_like(q[..., :1]) if before else (q * k).sum(-1, keepdim=True)
-        return diagonal
-    half = size // 2
-    split = [x.reshape(*x.shape[:-2], 2, half, x.shape[-1]) for x in (q, k, g)]
-    inner = decayed_scores(*split, before=before)
-    (_, q2), (k1, _), (g1, g2) = (x.unbind(dim=-3) for x in split)
-    reach = g2.cumsum(dim=-2)
+    decay = g.exp()
     if before:
-        reach = torch.cat([torch.zeros_like(reach[..., :1, :]), reach[..., :-1, :]], dim=-2)
-    cross = (q2 * reach.exp()) @ (k1 * suffix_sum(g1, dim=-2).exp()).transpose(-1, -2)
-    top, bottom = inner.unbind(dim=-3)
-    return torch.cat([
-        torch.cat([top, torch.zeros_like(cross)], dim=-1),
-        torch.cat([cross, bottom], dim=-1),
-    ], dim=-2)
+        return decay_pairs(q, k, decay, torch.zeros_like(q[..., 0])).scores
+    return decay_pairs(q * decay, k, decay, (q * k).sum(-1)).scores

@@ -1,0 +1,194 @@
+"""The generalised delta rule:  S_t = diag(exp g_t) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T,   y_t = S_t^T q_t.
+
+The decay ``g <= 0`` is absent, per head ``[B T H]`` or per key channel ``[B T H K]``; ``a_t`` reads the state
+before it decays. Without ``b`` the correction is written where the value is, ``b = k``, which halves the work:
+
+- delta rule (DeltaNet): ``S_t = S_{t-1} + beta k (v - S_{t-1}^T k)^T``, made by ``plain``;
+- gated delta rule: the same after a decay ``exp g``, made by ``gated``;
+- RWKV-7: ``a = -kappa``, ``b = kappa * alpha`` with kappa of norm 1, and a decay per key channel.
+
+Inside a chunk ``u_i = a_i^T S_{i-1}`` obeys ``(I - A_ab) U = A S_0 + A_ak V``, with the strictly lower scores of
+a against b and k. One triangular solve for all chunks at once makes the chunk affine in the state it starts from.
+Sources: arXiv 2406.06484 (WY form), arXiv 2412.06464 sec. 3 (gated), arXiv 2503.14456 (RWKV-7).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..shapes import check_starts, dims, state_dtype
+from . import dispatch
+from .cases import Case
+from .common import Resets, decay_pairs, heads_first, heads_last, loop, segsum, suffix_sum
+
+SEQUENCE = ("q", "k", "v", "a", "b", "g")
+CHUNK = 64
+
+
+def plain(k: Tensor, beta: Tensor) -> dict[str, Tensor]:
+    """Inputs k and a of the delta rule with unit keys ``k [... H K]`` and rates ``beta [... H]``."""
+    return {"k": beta[..., None] * k, "a": -k}
+
+
+def gated(k: Tensor, beta: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """Inputs k, a and g of the gated delta rule: the state first decays by ``exp g``, ``g [... H] <= 0``."""
+    return {"k": beta[..., None] * k, "a": -g.exp()[..., None].to(k.dtype) * k, "g": g}
+
+
+def delta_rule_step(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor | None = None, g: Tensor | None = None, *,
+                    state: Tensor) -> tuple[Tensor, Tensor]:
+    """One token, the definition. q, k, a, b [B H K], v [B H V], g [B H] or [B H K], state [B H K V] -> y, state."""
+    dtype = state.dtype
+    q, k, value, a = (x.to(dtype) for x in (q, k, v, a))
+    read = (a[..., None, :] @ state).squeeze(-2)
+    if g is not None:
+        decay = g.to(dtype).exp()
+        state = state * (decay[..., None, None] if g.dim() == 2 else decay[..., None])
+    if b is None:
+        state = state + k[..., None] * (value + read)[..., None, :]
+    else:
+        state = state + b.to(dtype)[..., None] * read[..., None, :] + k[..., None] * value[..., None, :]
+    return (q[..., None, :] @ state).squeeze(-2).to(v.dtype), state
+
+
+def delta_rule_reference(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor | None = None, g: Tensor | None = None,
+                         *, state: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The loop over ``delta_rule_step``."""
+    return loop(delta_rule_step, {"q": q, "k": k, "v": v, "a": a, "b": b, "g": g}, state=state, starts=starts)
+
+
+class _Chunks(NamedTuple):
+    """Reads (q, a) against writes (k, b) inside each chunk, and against the states at its borders.
+
+    R = 2 reads, S = 2 writes, or 1 where b is k.
+    """
+
+    scores: Tensor  # [B H N R S C C]
+    reads: Tensor  # [B H N R C K] against the state that enters
+    writes: Tensor  # [B H N S C K] into the state that leaves
+    keep: Tensor  # [B H N K] or [B H N 1]
+
+
+def delta_rule_chunk(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor | None = None, g: Tensor | None = None, *,
+                     state: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Chunk-parallel form: a triangular solve inside chunks of 64 tokens, an affine recurrence between them."""
+    length, dtype = q.shape[1], state.dtype
+    size = min(CHUNK, 1 << (length - 1).bit_length())
+    reads = torch.stack([heads_first(x.to(dtype), size) for x in (q, a)], dim=3)
+    writes = torch.stack([heads_first(x.to(dtype), size) for x in (k, b) if x is not None], dim=3)
+    gate = None if g is None else heads_first(g.to(dtype), size)
+    parts = _per_key(reads, writes, gate) if gate is not None and gate.dim() == 5 else _per_head(reads, writes, gate)
+    if starts is not None:
+        parts = _cut(parts, Resets.of(starts, size))
+    y, state = _solve(parts, heads_first(v.to(dtype), size), state)
+    return heads_last(y, length).to(v.dtype), state
+
+
+def _per_key(reads: Tensor, writes: Tensor, g: Tensor) -> _Chunks:
+    """Decays per key channel, [B H N C K]."""
+    q, a = reads.unbind(dim=3)
+    decay = g.exp()
+    own = (q[:, :, :, None] * writes).sum(-1)  # only q sees what its own token writes
+    parts = decay_pairs(
+        torch.stack([q * decay, a], dim=3)[:, :, :, :, None], writes[:, :, :, None], decay[:, :, :, None, None],
+        torch.stack([own, torch.zeros_like(own)], dim=3),
+    )
+    return _Chunks(parts.scores, parts.reads.squeeze(4), parts.keys.squeeze(3), parts.keep[:, :, :, 0, 0])
+
+
+def _per_head(reads: Tensor, writes: Tensor, g: Tensor | None) -> _Chunks:
+    """Decays per head, [B H N C], or none."""
+    products = reads.flatten(3, 4) @ writes.flatten(3, 4).transpose(-1, -2)
+    products = products.unflatten(3, (2, -1)).unflatten(5, (writes.shape[3], -1)).transpose(4, 5)
+    size = reads.shape[-2]
+    if g is None:
+        after = torch.ones(size, size, dtype=reads.dtype, device=reads.device).tril()
+        return _Chunks(products * torch.stack([after, after.tril(-1)])[:, None], reads, writes, reads.new_ones(1))
+    after, reach = segsum(g).exp(), g.cumsum(dim=-1)
+    before = F.pad(after, (0, 0, 1, -1))  # what reads before token i's decay sees what token i-1 left
+    before_reach = F.pad(reach, (1, -1))
+    return _Chunks(
+        products * torch.stack([after, before], dim=3)[:, :, :, :, None],
+        reads * torch.stack([reach, before_reach], dim=3).exp()[..., None],
+        writes * suffix_sum(g, dim=-1).exp()[:, :, :, None, :, None],
+        g.sum(dim=-1, keepdim=True).exp(),
+    )
+
+
+def _cut(parts: _Chunks, resets: Resets) -> _Chunks:
+    """The same where documents start inside chunks."""
+    return _Chunks(
+        parts.scores * resets.pair[:, None, :, None, None],
+        parts.reads * resets.carry[:, None, :, None, :, None],
+        parts.writes * resets.last[:, None, :, None, :, None],
+        parts.keep * resets.keep[:, None, :, None],
+    )
+
+
+def _solve(parts: _Chunks, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """y [B H N C V] and the final state, from the values [B H N C V] and the first state [B H K V]."""
+    keys, (q, a) = state.shape[-2], parts.reads.unbind(dim=3)
+    q_scores, a_scores = (x.unbind(dim=3) for x in parts.scores.unbind(dim=3))
+    known = v if len(a_scores) == 1 else a_scores[0] @ v
+    # U, or U + V where b is k, as an affine function of the state that enters: [C K] | [C V]
+    affine = torch.cat([a, known], dim=-1)
+    solved = torch.linalg.solve_triangular(-a_scores[-1], affine, upper=False, unitriangular=True)
+    *direct, write = parts.writes.transpose(-1, -2).unbind(dim=3)
+    carry = write @ solved
+    move, add = carry[..., :keys] + torch.diag_embed(parts.keep.expand(*carry.shape[:-2], keys)), carry[..., keys:]
+    if direct:
+        add = add + direct[0] @ v
+    before = []
+    for m, n in zip(move.unbind(2), add.unbind(2), strict=True):
+        before.append(state)
+        state = m @ state + n
+    entered = torch.stack(before, dim=2)
+    u = solved[..., :keys] @ entered + solved[..., keys:]
+    y = q @ entered + q_scores[-1] @ u
+    return (y if not direct else y + q_scores[0] @ v), state
+
+
+TABLE = (
+    dispatch.Impl("torch", delta_rule_chunk),
+    dispatch.Impl("reference", delta_rule_reference),
+)
+
+
+def delta_rule(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor | None = None, g: Tensor | None = None, *,
+               state: Tensor | None = None, starts: Tensor | None = None,
+               backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """The generalised delta rule (see the module for the equations).
+
+    q, k, a, b [B T H K] (b = k where absent), v [B T H V], g [B T H] or [B T H K] log decays ``<= 0``,
+    state [B H K V] in fp32 or fp64, starts bool [B T]. Returns y [B T H V] in the dtype of v, and the final
+    state. ``ValueError`` for shapes or dtypes that do not fit.
+    """
+    gate = "g B T H" if g is not None and g.dim() == 3 else "g B T H K"
+    batch, time, heads, keys, values = dims(
+        f"q B T H K, k B T H K, v B T H V, a B T H K, b B T H K, {gate}", q, k, v, a, b, g)
+    check_starts(starts, batch, time)
+    if state is None:
+        state = q.new_zeros(batch, heads, keys, values, dtype=state_dtype(q))
+    dims("q B T H K, v B T H V, state B H K V", q, v, state)
+    return dispatch.run(TABLE, dict(q=q, k=k, v=v, a=a, b=b, g=g, state=state, starts=starts), backend)
+
+
+def inputs(case: Case) -> dict[str, Tensor | None]:
+    """Random contractions for tests and benchmarks; ``case.variant`` is one of ``VARIANTS``."""
+    shape = (case.batch, case.time, case.heads)
+    wide, variant = (*shape, case.keys), case.variant or "key"
+    unit, rate = F.normalize(case.randn(*wide), dim=-1), case.randn(*wide).sigmoid()
+    made: dict[str, Tensor] = dict(q=case.randn(*wide), v=case.randn(*shape, case.values))
+    if variant == "plain":
+        return {**made, **plain(unit, rate[..., 0]), "b": None, "g": None}
+    if variant == "gated":
+        return {**made, **gated(unit, rate[..., 0], case.log_decay(*shape)), "b": None}
+    g = case.log_decay(*(shape if variant == "head" else wide))
+    return {**made, "k": case.randn(*wide) * case.keys**-0.5, "a": -unit, "b": unit * rate, "g": g}
+
+
+VARIANTS = ("plain", "gated", "head", "key")
