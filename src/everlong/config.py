@@ -136,7 +136,10 @@ def find(kind: str) -> Any:
         return _find_in(importlib.import_module(f"everlong.mixers.{kind}"), "", kind)
     blocks = {kind_of(block): block for block in _modules_in(importlib.import_module("everlong.models.blocks"))}
     if kind not in blocks:
-        raise ValueError(f"no mixer or block {kind!r}{suggest(kind, [*mixer_names(), *blocks])}")
+        known = [*mixer_names(), *(name for name, block in blocks.items() if hasattr(block, "memory"))]
+        raise ValueError(
+            f"no mixer or block {kind!r}{suggest(kind, known)} (your own: a dotted path, my_package.my_mixer)"
+        )
     return blocks[kind]
 
 

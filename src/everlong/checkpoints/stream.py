@@ -1,0 +1,31 @@
+"""Continue a text with a saved model, as a stream of text pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from .. import state as states
+from ..models.generate import Sampling, generate, new_session, stream_text
+from .folder import load, load_tokenizer
+
+
+def continue_text(folder: str | Path, prompt: str, *, max_tokens: int = 256, sampling: Sampling = Sampling(),
+                  stop: Sequence[str] = (), session: Path | None = None) -> Iterator[str]:
+    """Pieces of text that continue ``prompt``, from the model in ``folder``.
+
+    ``session`` names a file: where it exists the text goes on from it, and it is written at the end, so
+    that the next call reads nothing twice. ``ValueError`` for what ``load`` and ``generate`` refuse.
+    """
+    model, tokenizer = load(folder), load_tokenizer(folder)
+    before = None
+    if session is not None and session.exists():
+        before = states.load(session, new_session(model))
+    ids = tokenizer.encode(prompt)
+    if before is None and tokenizer.eos is not None:
+        ids = [tokenizer.eos, *ids]  # documents begin with it in training
+    stop_ids = () if tokenizer.eos is None else (tokenizer.eos,)
+    tokens = generate(model, ids, max_tokens=max_tokens, sampling=sampling, session=before, stop_ids=stop_ids)
+    yield from stream_text(tokens, tokenizer, stop)
+    if session is not None:
+        states.save(tokens.session, session)

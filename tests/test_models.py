@@ -1,0 +1,42 @@
+"""Whole models obey the laws too: two layers of every mixer, on token ids."""
+
+import pytest
+import torch
+
+from everlong import laws
+from everlong.config import find, mixer_names
+from everlong.models.blocks import MLP, Layer, Norm, SwiGLU, pattern
+from everlong.models.lm import LanguageModel
+
+
+class Tokens(laws.Subject):
+    """A subject that reads token ids instead of vectors."""
+
+    def input(self, batch, time, dtype=torch.float64):
+        return torch.randint(0, self.config.vocab_size, (batch, time))
+
+
+def subject(name, cfg):
+    layers = pattern("ab", a=Layer.Config(mixer=cfg, mlp=SwiGLU.Config()),
+                     b=Layer.Config(mixer=cfg, mlp=MLP.Config(), norm=Norm.Config(style="layer")))
+    model = LanguageModel.Config(vocab_size=50, d_model=64, layers=layers, embed_norm=Norm.Config(), logit_cap=30.0,
+                                 tied=False, residual_fp32=True, embed_scale=8.0)
+    return Tokens(name, model, model.build)
+
+
+@pytest.mark.parametrize("law", ["split", "rows", "reset", "value", "round trip", "compile"])
+@pytest.mark.parametrize("name", mixer_names())
+def test_law(name, law):
+    laws.check(subject(name, find(name).Config()), law)
+
+
+@pytest.mark.parametrize("name", mixer_names())
+def test_steps_equal_the_whole(name):
+    model = subject(name, find(name).Config()).module()
+    tokens = torch.randint(0, 50, (2, 40))
+    with torch.no_grad():
+        want, final = model(tokens)
+        for step in (model.step, model.step_):
+            got, state = laws._steps(step, tokens, model.init_state(2))
+            laws.same(got, want, "logits of single steps")
+            assert torch.equal(state.position, final.position)
