@@ -54,7 +54,7 @@ def diagonal_scan_chunk(b: Tensor, g: Tensor, *, state: Tensor, starts: Tensor |
 
 def _wide(x: Tensor, state: Tensor) -> torch.dtype:
     """The state's dtype, or the real one of the same width where ``x`` is real."""
-    return state.dtype if x.is_complex() else state.dtype.to_real()
+    return state.dtype if x.is_complex() else state.real.dtype
 
 
 def _as_output(h: Tensor, b: Tensor) -> Tensor:

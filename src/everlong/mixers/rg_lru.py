@@ -1,0 +1,148 @@
+"""Griffin's recurrent block (arXiv 2402.19427, sec. 2.3-2.4).   h_t = a_t h_{t-1} + sqrt(1 - a_t^2) (i_t x_t)
+
+Paper letters: r_t = sigmoid(W_a x_t + b_a), i_t = sigmoid(W_x x_t + b_x) with block-diagonal weights, and
+log a_t = -c r_t softplus(Lambda), c = 8. The block is  gelu(linear_y u) * RG-LRU(conv(linear_x u)),  projected.
+At the first token of a text a is 0 and its input is not scaled, as published models were trained (google-deepmind/
+recurrentgemma); the state therefore knows which rows have begun.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops.common import segsum
+from ..ops.diagonal_scan import diagonal_scan, diagonal_scan_step
+from ..ops.short_conv import short_conv, short_conv_step
+from ..state import state
+from . import base
+
+DECAY_SCALE = 8.0  # the paper's c
+STEEPEST = 1000.0  # largest slope of the square root that gradients use
+
+
+def input_scale(g: Tensor) -> Tensor:
+    """sqrt(1 - a^2) from g = log a; gradients see a slope of at most 1000, for the root's own is infinite at a = 1."""
+    square = -torch.expm1(2 * g)
+    root = square.detach().sqrt()
+    return root + (square - square.detach()) / (2 * root).clamp(min=1 / STEEPEST)
+
+
+class RGLRU(base.Mixer):
+    """Griffin's recurrent block: a gated linear recurrence per channel behind a short convolution."""
+
+    equation = "h = a h + √(1 − a²) (i x)"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(base.Config):
+        """``width`` of the recurrence, None for that of the model; ``n_heads`` blocks of the gates must divide it."""
+
+        width: int | None = None
+        n_heads: int = 4
+        conv_width: int = 4
+
+    @state
+    class State:
+        """What a recurrent block keeps."""
+
+        conv: Tensor  # [B W-1 C]
+        memory: Tensor  # [B C] fp32
+        begun: Tensor  # [B] bool, False before the first token
+
+    def __init__(self, cfg: Config, d_model: int, depth: base.Depth = base.Depth()) -> None:
+        super().__init__(cfg, d_model, depth)
+        self.width = cfg.width or d_model
+        block = base.split_heads(self.width, cfg.n_heads)
+        self.linear_x, self.linear_y = nn.Linear(d_model, self.width), nn.Linear(d_model, self.width)
+        self.linear_out = nn.Linear(self.width, d_model)
+        self.conv_weight = nn.Parameter(torch.empty(self.width, cfg.conv_width))
+        self.conv_bias = nn.Parameter(torch.empty(self.width))
+        self.input_gate_weight = nn.Parameter(torch.empty(cfg.n_heads, block, block))
+        self.input_gate_bias = nn.Parameter(torch.empty(cfg.n_heads, block))
+        self.recurrent_gate_weight = nn.Parameter(torch.empty(cfg.n_heads, block, block))
+        self.recurrent_gate_bias = nn.Parameter(torch.empty(cfg.n_heads, block))
+        self.recurrent_param = nn.Parameter(torch.empty(self.width))
+        self._initialise()
+
+    no_decay = ("input_gate_bias", "recurrent_gate_bias")
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """As in the official code: exp(-softplus(recurrent_param)) is between 0.9 and 0.999, uniform in its square."""
+        for linear, variance in ((self.linear_x, 1.0), (self.linear_y, 1.0), (self.linear_out, 2 / self.depth.total)):
+            nn.init.normal_(linear.weight, std=math.sqrt(variance / linear.in_features))
+            nn.init.zeros_(linear.bias)
+        nn.init.normal_(self.conv_weight, std=math.sqrt(0.01 / self.cfg.conv_width))
+        for gate in (self.input_gate_weight, self.recurrent_gate_weight):
+            nn.init.normal_(gate, std=gate.shape[1] ** -0.5)
+        for bias in (self.conv_bias, self.input_gate_bias, self.recurrent_gate_bias):
+            nn.init.zeros_(bias)
+        square = torch.empty_like(self.recurrent_param).uniform_(0.9**2, 0.999**2)
+        self.recurrent_param.copy_(torch.log(torch.expm1(-0.5 * torch.log(square))))
+
+    def init_state(self, batch: int) -> State:
+        """Zeros, and no row has begun."""
+        return self.State(
+            conv=torch.zeros(batch, self.cfg.conv_width - 1, self.width, **self.factory),
+            memory=torch.zeros(batch, self.width, **self.memory_factory),
+            begun=torch.zeros(batch, dtype=torch.bool, device=self.recurrent_param.device),
+        )
+
+    def _gate(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        heads = x.unflatten(-1, weight.shape[:2])
+        gate = (torch.einsum("...hi,hio->...ho", heads, weight) + bias).flatten(-2)
+        return torch.sigmoid(gate if gate.dtype == torch.float64 else gate.float())
+
+    def _recurrence(self, x: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+        """Log decays g, and the factor of the input, [... C]; ``first`` marks first tokens, [...]."""
+        r = self._gate(x, self.recurrent_gate_weight, self.recurrent_gate_bias)
+        i = self._gate(x, self.input_gate_weight, self.input_gate_bias)
+        g = r * (-DECAY_SCALE * F.softplus(self.recurrent_param.to(r.dtype)))
+        g = g.masked_fill(first[..., None], float("-inf"))  # so that a = 0 and the input keeps its size
+        return g, input_scale(g) * i
+
+    def _finish(self, h: Tensor, u: Tensor) -> Tensor:
+        return self.linear_out(h.to(u.dtype) * F.gelu(self.linear_y(u), approximate="tanh"))
+
+    def forward(self, x: Tensor, state: Any = None, *, starts: Tensor | None = None) -> tuple[Tensor, State]:
+        """x [B T D] -> y [B T D], state."""
+        old = self.begin(x, state, starts)
+        values, conv = short_conv(
+            self.linear_x(x), weight=self.conv_weight, bias=self.conv_bias, state=old.conv, starts=starts)
+        g, scale = self._recurrence(values, _first(x, old.begun, starts))
+        h, memory = diagonal_scan(scale * values, g, state=old.memory)
+        return self._finish(h, x), self.State(conv=conv, memory=memory, begun=torch.ones_like(old.begun))
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """x [B D] -> y [B D], state."""
+        old = self.begin(x, state)
+        values, conv = short_conv_step(
+            self.linear_x(x), weight=self.conv_weight, bias=self.conv_bias, state=old.conv)
+        g, scale = self._recurrence(values, ~old.begun)
+        h, memory = diagonal_scan_step(scale * values, g, state=old.memory)
+        return self._finish(h, x), self.State(conv=conv, memory=memory, begun=torch.ones_like(old.begun))
+
+    def mixing(self, x: Tensor) -> base.Mixing:
+        """See ``base.Mixer.mixing``; one matrix per channel, the values are what the convolution gives."""
+        empty = self.init_state(len(x))
+        values, _ = short_conv(self.linear_x(x), weight=self.conv_weight, bias=self.conv_bias, state=empty.conv)
+        g, scale = self._recurrence(values, _first(x, empty.begun, None))
+        matrix = segsum(g.movedim(1, -1)).exp() * scale.movedim(1, -1)[:, :, None]
+        h, _ = diagonal_scan(scale * values, g, state=empty.memory)
+        return base.Mixing(matrix, values[..., None], h[..., None])
+
+    @classmethod
+    def examples(cls) -> dict[str, Any]:
+        """The default, and a wider recurrence."""
+        return {"default": cls.Config(), "wide": cls.Config(width=96, n_heads=2, conv_width=3)}
+
+
+def _first(x: Tensor, begun: Tensor, starts: Tensor | None) -> Tensor:
+    """Which tokens are the first of a text, bool [B T]."""
+    first = F.pad(~begun[:, None], (0, x.shape[1] - 1))
+    return first if starts is None else first | starts
