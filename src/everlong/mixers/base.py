@@ -8,6 +8,7 @@ the file name is its name, and ``everlong check`` tests the laws of the contract
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from .. import config, shapes
 from .. import state as states
 
-__all__ = ["Config", "Depth", "Memory", "Mixer", "Mixing", "identity_values", "split_heads"]
+__all__ = ["Config", "Depth", "Memory", "Mixer", "Mixing", "block_diagonal", "identity_values", "split_heads"]
 
 Memory = Literal["none", "constant", "window", "linear"]
 
@@ -58,6 +59,7 @@ class Mixer(nn.Module):
     equation: ClassVar[str] = ""  # one line for tables
     side: ClassVar[tuple[str, ...]] = ()  # values read from, or written for, other layers of the same call
     no_decay: ClassVar[tuple[str, ...]] = ()  # parameters that weight decay must spare, beside all vectors
+    lr_scales: ClassVar[dict[str, float]] = {}  # parameters that learn at a multiple of the learning rate
 
     def __init__(self, cfg: Any, d_model: int, depth: Depth = Depth()) -> None:
         super().__init__()
@@ -142,3 +144,16 @@ def split_heads(width: int, n_heads: int) -> int:
     if n_heads < 1 or width < n_heads or width % n_heads:
         raise ValueError(f"width {width} cannot be split into {n_heads} heads; choose a multiple of n_heads")
     return width // n_heads
+
+
+def block_diagonal(x: Tensor, weight: Tensor) -> Tensor:
+    """A linear map that mixes channels within blocks only: x [... N*I], weight [N O I] -> [... N*O].
+
+    Small blocks are multiplied several at a time, padded with zeros to about 32 channels: batched products of tiny
+    matrices run far below the speed of the machine.
+    """
+    blocks, wide, narrow = weight.shape
+    group = math.gcd(blocks, max(1, 32 // max(wide, narrow)))
+    eye = torch.eye(group, dtype=weight.dtype, device=weight.device)[:, None, :, None]
+    weight = (weight.unflatten(0, (-1, group))[:, :, :, None] * eye).flatten(3).flatten(1, 2)
+    return torch.einsum("...ni,noi->...no", x.unflatten(-1, (-1, group * narrow)), weight).flatten(-2)

@@ -1,0 +1,315 @@
+"""The training loop: for texts and for synthetic tasks alike, killed at any moment and resumed exactly.
+
+A run in a folder keeps ``checkpoint.safetensors`` (replaced whole) and ``metrics.jsonl`` (a line per step). After
+``kill -9`` the run goes on from the checkpoint, and the curve is bit for bit that of an uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .. import config
+from ..files import atomic_write
+from . import checkpoint
+from .data import Batch, Corpus
+from .optim import learning_rate, make_optimizer, set_learning_rate
+
+METRICS = "metrics.jsonl"
+
+
+class Progress(NamedTuple):
+    """The run after a step. ``bits_per_byte`` is None for data that is not text."""
+
+    step: int  # steps done
+    steps: int
+    tokens: int  # tokens seen
+    loss: float  # nats per token
+    bits_per_byte: float | None
+    tokens_per_second: float  # of this step
+    seconds: float  # of training so far, pauses and checkpoints left out
+
+
+class Data(Protocol):
+    """What the loop asks of data: ``Corpus``, or any task of your own. It may also have ``vocab_size`` (checked
+    against the model's), ``tokens_per_byte`` and ``fingerprint`` (a text compared when a run resumes).
+    """
+
+    def batch(self, step: int, cfg: Any) -> Batch:
+        """The data of a step: a pure function of ``cfg`` and ``step``."""
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C ended the run after a step; ``curve`` holds what was done, and the message says how to go on."""
+
+    def __init__(self, message: str, curve: list[Progress]) -> None:
+        super().__init__(message)
+        self.curve = curve
+
+
+class Trainer:
+    """Trains ``model`` (anything with ``loss(tokens, targets, starts=, reduction=)``) on ``data``."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(config.Config):
+        """``batch`` rows of ``context`` tokens make a step, in ``accumulate`` parts that do not change the result.
+
+        ``tokens`` in all; ``warmup`` is a share of the steps; ``clip`` bounds the norm of the gradient (0: no bound);
+        ``save_every`` steps the run is saved (0: only at the end).
+        """
+
+        tokens: int = 2_000_000
+        context: int = 256
+        batch: int = 16
+        lr: float = 2e-3
+        warmup: float = 0.05
+        weight_decay: float = 0.1
+        betas: tuple[float, ...] = (0.9, 0.95)
+        clip: float = 1.0
+        accumulate: int = 1
+        seed: int = 0
+        bf16: bool = False
+        save_every: int = 100
+
+        def __post_init__(self) -> None:
+            for name in ("tokens", "context", "batch", "accumulate"):
+                if getattr(self, name) < 1:
+                    raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            for name in ("weight_decay", "clip", "seed", "save_every"):
+                if not getattr(self, name) >= 0:
+                    raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+            if not (self.lr > 0 and math.isfinite(self.lr)):
+                raise ValueError(f"lr must be positive, got {self.lr}; 1e-4 to 3e-3 suit most models")
+            if not 0 <= self.warmup <= 1:
+                raise ValueError(f"warmup is a share of the steps from 0 to 1, got {self.warmup}")
+            if self.batch % self.accumulate:
+                raise ValueError(f"a batch of {self.batch} rows cannot be split into {self.accumulate} equal parts; "
+                                 "choose accumulate so that it divides batch")
+
+        @property
+        def steps(self) -> int:
+            """Steps of the whole run."""
+            return -(-self.tokens // (self.batch * self.context))
+
+    def __init__(self, model: nn.Module, data: Data, cfg: Config, folder: str | Path | None = None) -> None:
+        self.model, self.data, self.cfg = model, data, cfg
+        self.folder = Path(folder) if folder is not None else None
+        self.optimizer = make_optimizer(model, cfg)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.device = self.parameters[0].device
+        self.curve: list[Progress] = []
+        self.saved: int | None = None  # the step of the checkpoint in the folder
+        self._check_vocabulary()
+
+    def _check_vocabulary(self) -> None:
+        ours = getattr(getattr(self.model, "cfg", None), "vocab_size", None)
+        theirs = getattr(self.data, "vocab_size", None)
+        if ours is not None and theirs is not None and theirs > ours:
+            raise ValueError(f"the data has token ids up to {theirs - 1}, the model a vocabulary of {ours}; "
+                             f"build the model with vocab_size={theirs}")
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return len(self.curve)
+
+    def run(self, on_step: Callable[[Progress], Any] | None = None) -> list[Progress]:
+        """Train to the end, from the folder's checkpoint where there is one; the whole curve, resumed part included.
+
+        ``ValueError`` where the checkpoint is of another run or the loss is not finite, ``OSError`` where it cannot be
+        saved (the previous checkpoint is intact), ``Stopped`` after Ctrl-C (a second Ctrl-C stops at once).
+        """
+        training = self.model.training
+        self.model.train()
+        try:
+            with self._own_randomness(), self._metrics() as write, _ctrl_c() as asked_to_stop:
+                while self.step < self.cfg.steps:
+                    self.curve.append(self._advance())
+                    write(self.curve[-1])
+                    if asked_to_stop() or self._due():
+                        self.save()
+                    if on_step is not None:
+                        on_step(self.curve[-1])
+                    if asked_to_stop() and self.step < self.cfg.steps:
+                        self.save()
+                        raise Stopped(self._how_to_go_on(), self.curve)
+        finally:
+            self.model.train(training)
+        return self.curve
+
+    def _due(self) -> bool:
+        every = self.cfg.save_every
+        return self.step == self.cfg.steps or (every > 0 and self.step % every == 0)
+
+    @contextlib.contextmanager
+    def _own_randomness(self) -> Iterator[None]:
+        """The run's random state, from its seed or checkpoint; the caller's is put back afterwards."""
+        with torch.random.fork_rng([self.device.index or 0] if self.device.type == "cuda" else []):
+            torch.manual_seed(self.cfg.seed)
+            self._resume()
+            yield
+
+    @contextlib.contextmanager
+    def _metrics(self) -> Iterator[Callable[[Progress], Any]]:
+        """A function that adds a line to ``metrics.jsonl``, which first is made to hold exactly the curve so far."""
+        if self.folder is None:
+            yield lambda progress: None
+            return
+        atomic_write(self.folder / METRICS, "".join(map(_line, self.curve)))
+        with (self.folder / METRICS).open("a", encoding="utf-8", buffering=1) as file:
+            yield lambda progress: file.write(_line(progress))
+
+    def _advance(self) -> Progress:
+        began = time.perf_counter()
+        loss = self._update()
+        seconds = time.perf_counter() - began
+        step, size = self.step + 1, self.cfg.batch * self.cfg.context
+        density = getattr(self.data, "tokens_per_byte", None)
+        bits = None if density is None else loss / math.log(2) * density
+        past = self.curve[-1].seconds if self.curve else 0.0
+        return Progress(step, self.cfg.steps, step * size, loss, bits, size / seconds, past + seconds)
+
+    def _update(self) -> float:
+        """One step of the optimiser; returns the loss before it. The step's only wait for the device is ``tolist``."""
+        set_learning_rate(self.optimizer, learning_rate(self.step, self.cfg.steps, self.cfg))
+        loss = self._gradients(self.data.batch(self.step, self.cfg))
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.cfg.clip or math.inf, foreach=True)
+        value, size = torch.stack([loss.double(), norm.double()]).tolist()
+        if not (math.isfinite(value) and math.isfinite(size)):
+            raise ValueError(self._diverged(value, size))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return value
+
+    def _gradients(self, batch: Batch) -> Tensor:
+        """Add the gradient of the mean loss over all targets, part by part, and return that loss."""
+        tokens, targets, starts = (None if t is None else t.to(self.device, non_blocking=True) for t in batch)
+        assert tokens is not None and targets is not None
+        if starts is not None and not bool(batch.starts[:, 1:].any()):  # type: ignore[index]
+            starts = None  # rows begin with an empty state anyway
+        count = (targets != -100).sum().clamp_min(1)
+        total, rows = torch.zeros((), device=self.device), len(tokens) // self.cfg.accumulate
+        for at in range(0, len(tokens), rows):
+            part = slice(at, at + rows)
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.cfg.bf16):
+                loss = self.model.loss(  # type: ignore[operator]
+                    tokens[part], targets[part], starts=None if starts is None else starts[part], reduction="sum"
+                )
+            loss = loss / count
+            loss.backward()
+            total = total + loss.detach()
+        return total
+
+    def _diverged(self, loss: float, norm: float) -> str:
+        bad = next((n for n, p in self.model.named_parameters() if not bool(torch.isfinite(p).all())), None)
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {norm}"
+        if bad is not None:
+            what += f", and the weights {bad} are not finite"
+        lower = self.cfg.lr / 3
+        advice = f"try a lower lr ({lower:.1e}), a longer warmup, or a smaller clip"
+        if bad is not None and self.step == 0:
+            advice = "the model was not finite before training; load or build it again"
+        kept = "nothing was saved yet" if self.saved is None else f"the checkpoint of step {self.saved} is intact"
+        return f"step {self.step + 1} of {self.cfg.steps}: {what}; {kept}. To go on, {advice}, in a new folder"
+
+    def _how_to_go_on(self) -> str:
+        done = f"stopped after step {self.step} of {self.cfg.steps}"
+        return f"{done}; saved in {self.folder}, and the same call goes on from there" if self.folder else done
+
+    def _described(self) -> dict[str, Any]:
+        """What must be the same for a run to go on."""
+        settings = {name: value for name, value in self.cfg.to_dict().items() if name != "save_every"}
+        described = getattr(self.model, "cfg", None)
+        model = described.to_dict() if isinstance(described, config.Config) else type(self.model).__qualname__
+        data = getattr(self.data, "fingerprint", type(self.data).__qualname__)
+        return json.loads(json.dumps({"train": settings, "model": model, "data": data}))
+
+    def save(self) -> None:
+        """Replace the folder's checkpoint by the present moment, whole or not at all; nothing without a folder."""
+        if self.folder is None or self.saved == self.step:
+            return
+        history = torch.tensor([(p.loss, p.tokens_per_second, p.seconds) for p in self.curve], dtype=torch.float64)
+        tensors = checkpoint.collect(self.model, self.optimizer, history)
+        try:
+            checkpoint.save(self.folder / checkpoint.FILE, tensors, self._described())
+        except OSError as error:
+            kept = "no checkpoint yet" if self.saved is None else f"the checkpoint of step {self.saved} is intact"
+            raise OSError(error.errno, f"step {self.step}: {error.strerror} ({kept}); make room and run it again"
+                          ) from error
+        self.saved = self.step
+
+    def _resume(self) -> None:
+        path = self.folder / checkpoint.FILE if self.folder else None
+        if path is None or self.folder is None or self.step:
+            return
+        checkpoint.remove_leftovers(self.folder)
+        if not path.is_file():
+            return
+        tensors, described = checkpoint.load(path)
+        found = list(checkpoint.differences(described, self._described()))
+        if found:
+            raise ValueError(
+                f"{self.folder} holds a run that differs: {'; '.join(found[:5])}. "
+                "Go on with its own settings, choose another folder, or delete this one to begin anew"
+            )
+        history = checkpoint.restore(tensors, self.model, self.optimizer)
+        self.curve = [self._remembered(step, *row) for step, row in enumerate(history.tolist(), 1)]
+        self.saved = self.step
+
+    def _remembered(self, step: int, loss: float, speed: float, seconds: float) -> Progress:
+        density = getattr(self.data, "tokens_per_byte", None)
+        bits = None if density is None else loss / math.log(2) * density
+        return Progress(step, self.cfg.steps, step * self.cfg.batch * self.cfg.context, loss, bits, speed, seconds)
+
+
+def _line(progress: Progress) -> str:
+    return json.dumps(progress._asdict()) + "\n"
+
+
+@contextlib.contextmanager
+def _ctrl_c() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed since; a second one interrupts at once. Only the main thread can be asked."""
+    pressed: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before == signal.SIG_IGN:
+        yield lambda: False
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Corpus, context: int, limit: int = 2**18) -> tuple[float, float]:
+    """Loss (nats per token) and bits per byte on the first ``limit`` tokens of ``data``, each row beginning anew."""
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    total, count = 0.0, 0
+    for batch in data.in_order(context, max(1, 4096 // context)):
+        tokens, targets = batch.tokens.to(device), batch.targets.to(device)
+        starts = None if batch.starts is None else batch.starts.to(device)
+        total += float(model.loss(tokens, targets, starts=starts, reduction="sum"))  # type: ignore[operator]
+        count += targets.numel()
+        if count >= limit:
+            break
+    model.train(training)
+    return total / count, total / count / math.log(2) * data.tokens_per_byte
