@@ -24,6 +24,11 @@ def op_of(name):
     return getattr(MODULES[name], name)
 
 
+def is_tensor(x):
+    """Inputs that are None or plain numbers (a window) are handed on as they are."""
+    return isinstance(x, torch.Tensor)
+
+
 def part(name, inputs, start, end):
     """The inputs of tokens start to end; a vector has no time axis."""
     sequence = {k for k in MODULES[name].SEQUENCE if inputs[k] is not None and inputs[k].dim() > 1}
@@ -45,7 +50,7 @@ def some_starts(case):
 
 def with_gradients(run, inputs, initial):
     """Outputs, final state leaves and the gradients of all float inputs and of the initial state."""
-    inputs = {k: x.clone().requires_grad_() if x is not None else None for k, x in inputs.items()}
+    inputs = {k: x.clone().requires_grad_() if is_tensor(x) else x for k, x in inputs.items()}
     leaves = [leaf.clone().requires_grad_(leaf.is_floating_point() or leaf.is_complex())
               for _, leaf, _ in state.leaves(initial)]
     y, final = run(**inputs, state=state.rebuild(initial, iter(leaves)))
@@ -53,7 +58,7 @@ def with_gradients(run, inputs, initial):
     torch.manual_seed(5)
     floats = [out for out in outputs if out.requires_grad]
     loss = sum((out * torch.randn(out.shape, dtype=out.dtype)).real.sum() for out in floats)
-    wanted = {k: x for k, x in inputs.items() if x is not None}
+    wanted = {k: x for k, x in inputs.items() if is_tensor(x)}
     wanted |= {f"state {i}": leaf for i, leaf in enumerate(leaves) if leaf.requires_grad}
     grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
     return outputs, dict(zip(wanted, grads, strict=True))
@@ -82,7 +87,7 @@ def test_float32_is_close_to_float64(name, variant, backend):
     for gate in (None, 0.0, -5.0, -50.0):
         inputs = MODULES[name].inputs(Case("single precision", time=300, gate=gate, variant=variant))
         want, final = op_of(name)(**inputs, backend="reference")
-        singles = {k: None if x is None else x.to(torch.complex64 if x.is_complex() else torch.float32)
+        singles = {k: x.to(torch.complex64 if x.is_complex() else torch.float32) if is_tensor(x) else x
                    for k, x in inputs.items()}
         got, ours = op_of(name)(**singles, backend=backend)
         numerics.assert_close(got, want, f"fp32 output at gate {gate}", 2e-4)
@@ -108,7 +113,7 @@ def test_pieces_equal_the_whole(name, variant, backend):
 def test_gradcheck(name, variant, backend):
     case = Case("gradcheck", batch=1, time=5, heads=1, keys=2, values=2, variant=variant)
     inputs, initial = MODULES[name].inputs(case), later_state(name, case)
-    used = [key for key, x in inputs.items() if x is not None]
+    used = [key for key, x in inputs.items() if is_tensor(x)]
     starts = torch.tensor([[False, False, False, True, False]])
     floats = [leaf.is_floating_point() or leaf.is_complex() for _, leaf, _ in state.leaves(initial)]
 

@@ -1,0 +1,31 @@
+"""Rotary positions (RoPE, arXiv 2104.09864):  pair i of a head at position p is turned by the angle p theta^(-2i/R).
+
+R is the rotated width (the first ``fraction`` of the head); pair i is the channels i and i + R/2, as in Llama and
+most published weights (the paper pairs neighbours, which is the same up to a permutation of the projection).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..shapes import state_dtype
+
+
+def angles(positions: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines for ``positions [B T]`` or ``[B]``, one head of ``width``: fp64 ``[B T 1 R]``.
+
+    In fp64, because an angle of a million radians has lost two digits in fp32.
+    """
+    pairs = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device)
+    angle = positions.double()[..., None, None] * theta ** (-pairs / width)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the first R channels of each head.  x [B T H K], cos and sin [B T 1 R] -> [B T H K] in the dtype of x."""
+    width, wide = cos.shape[-1], state_dtype(x)
+    turned = x[..., :width].to(wide)
+    turned = torch.addcmul(turned * cos.to(wide), turned.roll(width // 2, dims=-1), sin.to(wide)).to(x.dtype)
+    return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], dim=-1)
