@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from datetime import datetime, timezone
 from importlib import resources
 from pathlib import Path
@@ -16,8 +17,21 @@ from typing import Any
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
-from ..files import atomic_write
-from .measures import MEASURES, SESSION_TOKENS, Measure, Model, Reading, Results, comma, entry, models, number, size, title
+from everlong.files import atomic_write
+
+from .measures import (
+    MEASURES,
+    SESSION_TOKENS,
+    Measure,
+    Model,
+    Reading,
+    Results,
+    entry,
+    models,
+    number,
+    size,
+    title,
+)
 from .plots import figures, looks
 from .verdict import caveats, first_places, headline, verdict
 
@@ -41,6 +55,7 @@ def render(results: Results) -> str:
     environment = Environment(
         loader=DictLoader(sources), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["tidy"] = tidy
     plots = figures(results)
     return environment.get_template("report.html.j2").render(
         style=Markup(sources["report.css"]),
@@ -77,6 +92,11 @@ def printable(text: str) -> str:
     """Text whose control characters and lone surrogates are made visible; line breaks and tabs stay."""
     text = text.encode("utf-8", "replace").decode("utf-8").replace("\r\n", "\n")
     return "".join(_visible(char) for char in text)
+
+
+def tidy(text: str) -> str:
+    """Text whose names and percentages do not break across lines."""
+    return re.sub(r"(?<=\w)-(?=\d)", "\u2011", text).replace(" %", "\u00a0%")
 
 
 def _visible(char: str) -> str:
@@ -161,10 +181,8 @@ def _introduce(model: Model) -> dict[str, str]:
 
 def _columns(results: Results) -> list[dict[str, str]]:
     """Heads of the summary table: label, what is better, and where it was read."""
-    fixed = [{"label": "Model", "note": ""}, {"label": "Parameters", "note": ""}]
-    return fixed + [
-        {"label": _label(measure), "note": _note(measure, measure.read(results))} for measure in MEASURES
-    ]
+    fixed = [{"label": "Model", "note": ""}, {"label": "Size", "note": "parameters"}]
+    return fixed + [{"label": _label(measure), "note": _note(measure, measure.read(results))} for measure in MEASURES]
 
 
 def _label(measure: Measure) -> str:
@@ -174,7 +192,13 @@ def _label(measure: Measure) -> str:
 def _note(measure: Measure, reading: Reading) -> str:
     unit = {"text": "held-out text", "train": "tokens/s", "prefill": "tokens/s", "decode": "ms"}.get(measure.key, "")
     at = f"{reading.at:,.0f}" if reading.at else ""
-    where = {"beyond": "{} tokens", "recall": "to {} pairs", "memory": "{} tokens", "prefill": "at {}", "decode": "at {}"}
+    where = {
+        "beyond": "{} tokens",
+        "recall": "to {} pairs",
+        "memory": "{} tokens",
+        "prefill": "at {}",
+        "decode": "at {}",
+    }
     place = where.get(measure.key, "").format(at) if at else ""
     better = "lower is better" if measure.low else "higher is better"
     return ", ".join(part for part in (unit, place, better) if part)
@@ -187,7 +211,7 @@ def _rows(results: Results) -> list[dict[str, Any]]:
     rows = []
     for model in models(results):
         name, params = model["name"], number(model.get("params"))
-        cells = [{"text": comma(params) if params else "–", "value": params, "mark": ""}]
+        cells = [{"text": f"{params / 1e6:.3g} M" if params else "–", "value": params, "mark": ""}]
         for (measure, reading), mark in zip(readings, marks, strict=True):
             value = reading.values.get(name)
             shown = "–" if value is None else measure.show(value)
@@ -197,7 +221,7 @@ def _rows(results: Results) -> list[dict[str, Any]]:
 
 
 def _marks(measure: Measure, reading: Reading) -> dict[str, str]:
-    """``best`` for the best of a column, ``near`` for those within noise of it; nothing where one model stands alone."""
+    """``best`` for the best of a column, ``near`` for those within noise of it; nothing for one model alone."""
     if len(reading.values) < 2:
         return {}
     places = first_places(measure, reading)

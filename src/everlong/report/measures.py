@@ -6,7 +6,7 @@ Every block of the results may be missing; what is not there, or is not a finite
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,10 +41,10 @@ def number(value: Any) -> float | None:
 
 def points(model: Model, block: str, key: str | None = None) -> list[Point]:
     """The pairs of a block (of its ``key``), finite ones only, sorted by the first."""
-    rows = model.get(block) or []
+    rows: Any = model.get(block)
     if key is not None:
-        rows = (rows or {}).get(key) or []
-    pairs = [(number(row[0]), number(row[1])) for row in rows if row and len(row) == 2]
+        rows = (rows or {}).get(key)
+    pairs = [(number(row[0]), number(row[1])) for row in rows or [] if row and len(row) == 2]
     return sorted((x, y) for x, y in pairs if x is not None and y is not None)
 
 
@@ -70,6 +70,11 @@ def shared(rows: Iterable[list[Point]]) -> list[float]:
     """The first coordinates that all non-empty lists of points have in common, ascending."""
     sets = [{x for x, _ in row} for row in rows if row]
     return sorted(set.intersection(*sets)) if sets else []
+
+
+def listing(names: Sequence[str]) -> str:
+    """``["a", "b", "c"]`` -> ``"a, b and c"``."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def comma(value: float) -> str:
@@ -111,7 +116,7 @@ def milliseconds(value: float) -> str:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a measure gives for some results: a value per model, the length it was read at, and who had to be left out."""
+    """What a measure gives: a value per model, the length it was read at, and who had to be left out."""
 
     values: dict[str, float] = field(default_factory=dict)
     at: float | None = None

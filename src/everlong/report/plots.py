@@ -44,11 +44,11 @@ _LOOKS: tuple[tuple[str, str, str, str], ...] = (  # light, dark, marker, dash
     ("#b3243c", "#f27e90", "pentagon", "dash"),
 )
 _HOME = {"attention": 0, "mamba": 1, "mamba2": 2, "rwkv7": 3, "griffin": 4, "jamba": 5}
-_CALM = 20.0  # an axis whose values span more than this is drawn on a log scale
+_CALM = 8.0  # an axis whose values span more than this is drawn on a log scale
 
 
 def looks(results: Results) -> dict[str, Look]:
-    """Name of each model -> its colour in light and in dark, marker and dash. Known names keep theirs in every report."""
+    """Name of each model -> its colour in light and in dark, marker and dash. Known names keep theirs."""
     names = [model["name"] for model in models(results)]
     taken = {_HOME[name] for name in names if name in _HOME}
     free = [i for i in range(len(_LOOKS)) if i not in taken] or list(range(len(_LOOKS)))
@@ -72,7 +72,9 @@ def _rows(results: Results, read: Callable[[Model], list[Point]]) -> list[tuple[
     return [(model, row) for model in models(results) if (row := read(model))]
 
 
-def _line(model: Model, row: Sequence[Point], show: Callable[[float], str], mode: str = "lines+markers") -> dict[str, Any]:
+def _line(
+    model: Model, row: Sequence[Point], show: Callable[[float], str], mode: str = "lines+markers"
+) -> dict[str, Any]:
     return {
         "model": model["name"],
         "mode": mode,
@@ -186,7 +188,9 @@ def _by_length(results: Results) -> Figure | None:
         f"Held-out text in pieces of 1 to {max(_all_x(rows)) / context:g} times the {context:,.0f} tokens trained on; "
         "lower is better. A rising curve belongs to a model that loses its footing beyond that length."
     )
-    figure = _plot("length", "Beyond the training length", told, rows, bits, "bits per byte", "length of the text, tokens")
+    figure = _plot(
+        "length", "Beyond the training length", told, rows, bits, "bits per byte", "length of the text, tokens"
+    )
     figure["x"] = _axis("length of the text, tokens", _all_x(rows), show=lambda x: f"{short(x)} ({x / context:g}×)")
     if _wide(_all_y(rows)):
         figure["y"]["log"] = True

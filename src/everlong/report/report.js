@@ -29,13 +29,12 @@
   }
 
   function line(series, colour, look, colours) {
-    const marks = series.mode === "markers";
     return {
       type: "scatter", mode: series.mode, x: series.x, y: series.y, name: titles[series.model], meta: series.model,
       customdata: series.hover, hovertemplate: `${titles[series.model]}: %{customdata}<extra></extra>`,
       hoverinfo: series.quiet ? "skip" : undefined, cliponaxis: false,
       line: { color: colour, width: 2, dash: look.dash },
-      marker: { color: colour, symbol: look.marker, size: marks ? 8 : 7, line: { color: colours.page, width: 1 } },
+      marker: { color: colour, symbol: look.marker, size: look.marker.startsWith("triangle") ? 10 : 8, line: { color: colours.page, width: 1 } },
     };
   }
 
@@ -105,7 +104,7 @@
   }
 
   const config = {
-    displaylogo: false, responsive: true, displayModeBar: coarse ? false : "hover",
+    displaylogo: false, showSendToCloud: false, plotlyServerURL: "", responsive: true, displayModeBar: coarse ? false : "hover",
     modeBarButtonsToRemove: ["select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d", "pan2d", "zoom2d"],
   };
 

@@ -9,25 +9,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from .caveats import caveats
 from .measures import (
     COST,
     MEASURES,
     QUALITY,
     Measure,
-    Model,
     Reading,
     Results,
     comma,
     decode_points,
     entry,
+    listing,
     milliseconds,
     models,
-    number,
     percent,
     points,
     titles,
-    undertrained,
 )
+
+__all__ = ["caveats", "first_places", "headline", "verdict"]
 
 Finding = dict[str, Any]
 ALL_ROUND_TIE = 0.25  # places
@@ -38,16 +39,11 @@ def verdict(results: Results) -> list[Finding]:
 
     Each finding holds ``key``, ``need``, ``kind`` (``"win"``, ``"tie"``, ``"only"``: just one model was measured,
     ``"none"``: nobody earned it, ``"missing"``: not measured), ``winner`` (a name, None unless one model wins),
-    ``winners`` (names that share the first place), ``headline`` (the winners in words), ``figure``, ``reason``, and
-    ``runner_up`` (the best model behind the winners, or None).
+    ``winners`` (names that share the first place), ``headline`` (the winners in words), ``figure``, ``behind`` (the
+    distance of the next in words), ``reason``, and ``runner_up`` (the best model behind the winners, or None).
     """
     found = [_decide(measure, results) for measure in MEASURES]
     return [*found, _all_round(results)]
-
-
-def listing(names: Sequence[str]) -> str:
-    """``["a", "b", "c"]`` -> ``"a, b and c"``."""
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def first_places(measure: Measure, reading: Reading) -> list[str]:
@@ -64,41 +60,58 @@ def _decide(measure: Measure, results: Results) -> Finding:
     if measure.key == "recall" and (refusal := _recall_unlearnt(reading, results)):
         return _finding(measure.key, measure.need, "none", "no model yet", reason=refusal)
     winners = first_places(measure, reading)
-    figure = f"{measure.full(reading.values[winners[0]])}{_where(measure, reading)}"
+    figure = f"{_span_of(measure, reading, winners)}{_where(measure, reading)}"
     if len(reading.values) == 1:
-        reason = f"Only {names[winners[0]]} was measured ({figure}), so there is nothing to compare it with."
-        return _finding(measure.key, measure.need, "only", f"only {names[winners[0]]}", winners, figure, reason)
+        name = names[winners[0]]
+        reason = " ".join(
+            part
+            for part in (f"Only {name} was measured ({figure}): nothing to compare it with.", _left_out(reading, names))
+            if part
+        )
+        return _finding(
+            measure.key, measure.need, "only", f"only {name}", winners=winners, figure=figure, reason=reason
+        )
+    return _compare(measure, reading, winners, figure, results)
+
+
+def _compare(measure: Measure, reading: Reading, winners: Sequence[str], figure: str, results: Results) -> Finding:
+    """The finding where at least two models were measured."""
+    names = titles(results)
     behind = [name for name in _ordered(measure, reading) if name not in winners]
     told = _tie(measure, reading, winners, names) if len(winners) > 1 else _win(measure, reading, winners[0], names)
     parts = [told, _next(measure, reading, winners, behind, names), _extra(measure, reading, winners, results)]
     parts.append(_left_out(reading, names))
     kind, head = ("tie", f"a tie: {_named(winners, names)}") if len(winners) > 1 else ("win", names[winners[0]])
-    text = " ".join(part for part in parts if part)
-    return _finding(measure.key, measure.need, kind, head, winners, figure, text, next(iter(behind), None))
+    second = ""
+    if behind:
+        distance = gap(measure, reading.values[behind[0]], reading.values[winners[0]])
+        second = f"Next: {names[behind[0]]}, {distance}"
+    return _finding(
+        measure.key,
+        measure.need,
+        kind,
+        head,
+        winners=winners,
+        figure=figure,
+        behind=second,
+        reason=" ".join(part for part in parts if part),
+        runner_up=next(iter(behind), None),
+    )
 
 
-def _finding(
-    key: str,
-    need: str,
-    kind: str,
-    headline: str,
-    winners: Sequence[str] = (),
-    figure: str = "",
-    reason: str = "",
-    runner_up: str | None = None,
-) -> Finding:
-    winner = winners[0] if kind in ("win", "only") else None
-    return {
-        "key": key,
-        "need": need,
-        "kind": kind,
-        "winner": winner,
-        "winners": list(winners),
-        "headline": headline,
-        "figure": figure,
-        "reason": reason,
-        "runner_up": runner_up,
-    }
+def _span_of(measure: Measure, reading: Reading, names: Sequence[str]) -> str:
+    """The figure of the winner, or the range of those that tie, with the unit."""
+    shown = [measure.show(reading.values[name]) for name in names]
+    if shown[0] == shown[-1]:
+        return measure.full(reading.values[names[0]])
+    return f"{shown[0]} to {shown[-1]} {measure.unit}".strip()
+
+
+def _finding(key: str, need: str, kind: str, headline: str, **more: Any) -> Finding:
+    """A finding with every key there."""
+    found: Finding = {"key": key, "need": need, "kind": kind, "winner": None, "winners": [], "headline": headline}
+    found = {**found, "figure": "", "behind": "", "reason": "", "runner_up": None, **more}
+    return {**found, "winner": found["winners"][0] if kind in ("win", "only") else None}
 
 
 def _named(winners: Sequence[str], names: dict[str, str]) -> str:
@@ -156,9 +169,9 @@ def gap(measure: Measure, value: float, best: float) -> str:
         return f"{100 * (best - value):.0f} points lower"
     more = value / best if measure.low else best / value if value else float("inf")
     if more >= 1.5:
-        return f"{comma(more)} times as much" if measure.low else f"1/{comma(more)} of that"
+        return f"{comma(more)} times {'as much' if measure.low else 'slower'}"
     behind = abs(value - best) / best
-    return f"{100 * behind:.{1 if behind < 0.1 else 0}f} % {'more' if measure.low else 'less'}"
+    return f"{100 * behind:.{1 if behind < 0.1 else 0}f} % {'more' if measure.low else 'slower'}"
 
 
 def _extra(measure: Measure, reading: Reading, winners: Sequence[str], results: Results) -> str:
@@ -174,11 +187,20 @@ def _rise(reading: Reading, winners: Sequence[str], results: Results) -> str:
         if model["name"] in reading.values and len(row) > 1:
             changes[model["name"]] = reading.values[model["name"]] / row[0][1] - 1
     names = titles(results)
-    told = [f"{names[n]} changes by {100 * changes[n]:+.1f} % from its own figure at {_start(results, n)}" for n in winners[:1] if n in changes]
-    broken = [f"{names[name]} ({100 * rise:+.0f} %)" for name, rise in changes.items() if rise > 0.10]
+    told = [
+        f"{names[n]} changes by {signed(changes[n], 1)} % from its own figure at {_start(results, n)}"
+        for n in winners[:1]
+        if n in changes
+    ]
+    broken = [f"{names[name]} ({signed(rise, 0)} %)" for name, rise in changes.items() if rise > 0.10]
     if broken:
         told.append(f"more than 10 % worse than at that length: {listing(broken)}")
     return "; ".join(told) + "." if told else ""
+
+
+def signed(fraction: float, digits: int) -> str:
+    """A change in percent with a true minus sign."""
+    return f"{100 * fraction:+.{digits}f}".replace("-", "\u2212")
 
 
 def _start(results: Results, name: str) -> str:
@@ -218,30 +240,27 @@ def _growth(reading: Reading, winners: Sequence[str], results: Results) -> str:
     names = titles(results)
     still = [names[name] for name in reading.values if kinds[name] in ("constant", "window")]
     grown = [names[name] for name in reading.values if kinds[name] == "linear"]
-    told = [f"The state of {listing(still)} stops growing"] if still else []
+    told = [f"The state of {listing(still)} is bounded"] if still else []
     told += [f"that of {listing(grown)} grows with every token"] if grown else []
     text = "; ".join(told)
     return f"{text[:1].upper()}{text[1:]}." if text else ""
 
 
 def _steadiness(reading: Reading, winners: Sequence[str], results: Results) -> str:
-    """P99 of the winner, and how each model's latency changes from the shortest to the longest context."""
-    names, told, growth = titles(results), [], {}
-    for model in models(results):
-        row, slow = decode_points(model), dict(decode_points(model, "p99_ms"))
-        if model["name"] == winners[0] and reading.at in slow:
-            told.append(f"one token in a hundred of {names[winners[0]]} takes {milliseconds(slow[reading.at])} ms or more")
-        if model["name"] in reading.values and len(row) > 1 and row[0][1] > 0:
-            growth[model["name"]] = dict(row)[reading.at] / row[0][1]
-    if len(growth) > 1:
-        calm, wild = min(growth, key=lambda name: growth[name]), max(growth, key=lambda name: growth[name])
-        if growth[wild] > 1.1 * growth[calm]:
-            told.append(
-                f"steadiest from the shortest to the longest context is {names[calm]} ({growth[calm]:.2f} times the "
-                f"latency), least steady {names[wild]} ({growth[wild]:.2f} times)"
-            )
-    text = "; ".join(told)
-    return f"{text[:1].upper()}{text[1:]}." if text else ""
+    """P99 of the winner, then who keeps its latency as the context grows and who does not."""
+    names, told, at = titles(results), "", reading.at or 0.0
+    rows = {m["name"]: decode_points(m) for m in models(results) if m["name"] in reading.values}
+    slow = {m["name"]: dict(decode_points(m, "p99_ms")) for m in models(results)}
+    if at in slow[winners[0]]:
+        told = f"One token in a hundred takes {names[winners[0]]} {milliseconds(slow[winners[0]][at])} ms or more."
+    start = min(row[0][0] for row in rows.values())
+    growth = {name: dict(row)[at] / row[0][1] for name, row in rows.items() if row[0][0] == start < at and row[0][1]}
+    steady = [names[name] for name, rise in growth.items() if rise <= 1.1]
+    rising = [f"{names[name]} takes {rise:.2g} times as long" for name, rise in growth.items() if rise > 1.1]
+    if not growth:
+        return told
+    parts = [f"{listing(steady)} stay{'s' if len(steady) == 1 else ''} within 10 %"] if steady else []
+    return f"{told} From {start:,.0f} to {at:,.0f} tokens of context, {'; '.join([*parts, *rising])}.".strip()
 
 
 def _left_out(reading: Reading, names: dict[str, str]) -> str:
@@ -281,8 +300,17 @@ def _all_round(results: Results) -> Finding:
     winners = [name for name in order if places[name] - places[order[0]] <= ALL_ROUND_TIE + 1e-9]
     behind = [name for name in order if name not in winners]
     kind, head = ("tie", f"a tie: {_named(winners, names)}") if len(winners) > 1 else ("win", names[winners[0]])
-    figure = f"average place {places[order[0]]:.1f} of {len(places)}"
-    return _finding(key, need, kind, head, winners, figure, _weighed(order, places, quality, cost, names), next(iter(behind), None))
+    return _finding(
+        key,
+        need,
+        kind,
+        head,
+        winners=winners,
+        figure=f"average place {places[order[0]]:.1f} of {len(places)}",
+        behind=f"Next: {names[behind[0]]}, {places[behind[0]]:.1f}" if behind else "",
+        reason=_weighed(order, places, quality, cost, names),
+        runner_up=next(iter(behind), None),
+    )
 
 
 def _weighed(
@@ -301,17 +329,17 @@ def _weighed(
 
 def headline(results: Results) -> str:
     """The finding in one sentence: quality, then the memory it costs."""
-    found = {finding["key"]: finding for finding in verdict(results)}
+    found, names = {finding["key"]: finding for finding in verdict(results)}, titles(results)
     parts = []
     text, memory = found["text"], found["memory"]
-    names = titles(results)
     if text["kind"] == "win":
         parts.append(f"{text['headline']} predicts the text best ({text['figure']})")
     elif text["kind"] == "tie":
-        parts.append(f"{_named(text['winners'], names)} predict the text equally well ({text['figure']})")
+        parts.append(f"{_named(text['winners'], names)} tie for text quality ({text['figure']})")
     if memory["kind"] in ("win", "tie"):
         verb = "needs" if memory["kind"] == "win" else "need"
-        parts.append(f"{_named(memory['winners'], names)} {verb} the least memory per session ({memory['figure']})")
+        who = _named(memory["winners"], names)
+        parts.append(f"{who} {verb} the least memory per session ({memory['figure']}{_largest(memory, results)})")
     if parts:
         return "; ".join(parts) + "."
     if len(names) == 1:
@@ -319,73 +347,9 @@ def headline(results: Results) -> str:
     return "Nothing has been measured in two models yet."
 
 
-def caveats(results: Results) -> list[str]:
-    """What such a small run cannot show, with this run's own figures."""
-    told = [_tiny(results), _luck(results), _task(results), _hardware(results), _scale()]
-    if gone := sorted(titles(results)[name] for name in undertrained(results)):
-        told.insert(0, f"The training of {listing(gone)} was cut short; its text quality is not ranked.")
-    pending = [model for model in models(results) if model.get("status", "complete") != "complete"]
-    if pending or results.get("complete") is False:
-        told.insert(0, _unfinished(pending, results))
-    return told
-
-
-def _unfinished(pending: Sequence[Model], results: Results) -> str:
-    names = titles(results)
-    who = f" ({listing([names[m['name']] for m in pending])})" if pending else ""
-    return f"These results are partial{who}: a verdict may change when the run is finished; run the same command again to go on."
-
-
-def _tiny(results: Results) -> str:
-    settings = results.get("settings") or {}
-    params = [value for model in models(results) if (value := number(model.get("params"))) is not None]
-    seconds = [value for model in models(results) if (value := entry(model, "training", "seconds")) is not None]
-    tokens = number(settings.get("train_tokens"))
-    text = "The models are tiny"
-    if params:
-        low, high = min(params) / 1e6, max(params) / 1e6
-        span = f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
-        text += f" ({span} million parameters)"
-    text += " and hardly trained"
-    if seconds:
-        text += f" ({min(seconds):.0f} to {max(seconds):.0f} seconds each"
-        text += f", {tokens:,.0f} tokens)" if tokens else ")"
-    return f"{text}: this shows who learns fastest from little, not who ends up best after long training."
-
-
-def _luck(results: Results) -> str:
-    noise = "; ".join(f"{m.noise()} for {what}" for m, what in zip(MEASURES[:4], _NOISY, strict=True) if what)
-    return (
-        f"One seed was trained per model, with one learning rate for all. Differences are called ties within {noise}; "
-        "these thresholds are judgement, not measured variation between seeds."
-    )
-
-
-_NOISY = ("bits per byte", "", "recall", "speed and memory")
-
-
-def _task(results: Results) -> str:
-    rows = [points(model, "recall", "pairs") for model in models(results)]
-    most = max((row[-1][0] for row in rows if row), default=None)
-    upto = f" of up to {most:,.0f} pairs" if most else ""
-    return (
-        f"Recall is a small synthetic task{upto} and the text is of one kind; neither stands for questions about real "
-        "documents. Lengths beyond the training length are tested on held-out text of the same kind."
-    )
-
-
-def _hardware(results: Results) -> str:
-    machine = results.get("machine") or {}
-    where = f" ({machine['cpu']}, {machine['threads']} threads)" if machine.get("cpu") and machine.get("threads") else ""
-    return (
-        f"Speeds hold for this machine{where} and this library's code, at batch sizes and widths far below those of "
-        "real models; other hardware and tuned kernels change the order."
-    )
-
-
-def _scale() -> str:
-    return (
-        "At larger scale, published comparisons (Arora et al. 2023; Jelassi et al. 2024; Waleffe et al. 2024) find "
-        "recurrent models close to attention in predicting text, behind it in recalling and copying from the context, "
-        "and hybrids with some attention recovering most of that difference; the order seen here need not carry over."
-    )
+def _largest(memory: Finding, results: Results) -> str:
+    """``, Attention 293 MiB``: the model that needs most, where it is not among the winners."""
+    measure = next(measure for measure in MEASURES if measure.key == "memory")
+    values = measure.read(results).values
+    most = max(values, key=lambda name: values[name])
+    return "" if most in memory["winners"] else f"; {titles(results)[most]}: {measure.show(values[most])}"
