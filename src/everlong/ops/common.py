@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..shapes import state_dtype
+
 
 def loop(step: Callable[..., Any], sequence: dict[str, Tensor | None], *, state: Tensor, starts: Tensor | None,
          **fixed: Any) -> tuple[Tensor, Tensor]:
@@ -68,6 +70,18 @@ class Resets(NamedTuple):
             last=document == document[..., -1:],
             keep=document[..., -1] == 0,
         )
+
+
+def previous(x: Tensor, last: Tensor, starts: Tensor | None) -> Tensor:
+    """Token shift: the token before each of x [B T D], ``last [B D]`` before the first, 0 where a document starts."""
+    shifted = torch.cat([last[:, None], x[:, :-1]], dim=1)
+    return shifted if starts is None else shifted.masked_fill(starts[..., None], 0.0)
+
+
+def unit(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / |x| over the last axis, eps under the root; in fp32, or fp64 for fp64."""
+    x = x.to(state_dtype(x))
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
 
 
 def segsum(g: Tensor) -> Tensor:
