@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import shapes
+from .. import state as states
 from ..ops import rotary
 from ..ops.attention import Cache, Ring, attention, attention_step, attention_step_, token_positions
 from . import base
 
+Turn = tuple[Tensor, Tensor]  # cosines and sines
 
 class Attention(base.Mixer):
     """Attention; keeps every key and value, or with ``window`` the last ones."""
@@ -78,18 +81,32 @@ class Attention(base.Mixer):
 
     def init_state(self, batch: int) -> Cache:
         """No keys yet."""
-        shape = (batch, self.cfg.window or 0, self.groups, self.head_dim)
-        keys, values = torch.zeros(shape, **self.factory), torch.zeros(shape, **self.factory)
-        position = torch.zeros(batch, dtype=torch.long, device=keys.device)
-        return Cache(keys, values, position) if self.cfg.window is None else Ring(keys, values, position)
+        return states.map_leaves(torch.clone, self.expected(batch))
 
-    def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q [B T H K] and k, v [B T G K], rotated to ``positions [B T]`` or ``[1 T]``; ``[B ...]`` for x [B D]."""
+    def expected(self, batch: int) -> Cache:
+        """``init_state`` with all zeros in one place of memory: to read and compare, not to write."""
+        zero = torch.zeros((), **self.factory).expand(batch, self.cfg.window or 0, self.groups, self.head_dim)
+        position = torch.zeros((), dtype=torch.long, device=zero.device).expand(batch)
+        return Cache(zero, zero, position) if self.cfg.window is None else Ring(zero, zero, position)
+
+    def _project(self, x: Tensor, turn: Turn | None) -> tuple[Tensor, Tensor, Tensor]:
+        """q [... H K] and k, v [... G K] of x [... D]; q and k turned."""
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        if self.rotated:
-            cos, sin = rotary.angles(positions, self.rotated, self.cfg.rope_theta)
-            q, k = rotary.rotate(q, cos, sin), rotary.rotate(k, cos, sin)
-        return q, k, v
+        return (q, k, v) if turn is None else (rotary.rotate(q, *turn), rotary.rotate(k, *turn), v)
+
+    def _turn(self, x: Tensor, positions: Tensor) -> Turn | None:
+        """Cosines and sines for tokens at these positions."""
+        if not self.rotated:
+            return None
+        return rotary.angles(positions, self.rotated, self.cfg.rope_theta, shapes.state_dtype(x))
+
+    def _turn_anew(self, x: Tensor, starts: Tensor | None) -> Turn | None:
+        """The same for the beginning of a text x [B T D]: one table of T angles serves all rows."""
+        table = self._turn(x, torch.arange(x.shape[1], device=x.device))
+        if starts is None or table is None:
+            return table
+        positions = token_positions(torch.zeros_like(starts[:, 0], dtype=torch.long), x.shape[1], starts)
+        return table[0][positions], table[1][positions]
 
     def _kept(self, state: Cache) -> Cache:
         """The state in the dtype of ``init_state`` (under autocast keys come in another)."""
@@ -98,26 +115,31 @@ class Attention(base.Mixer):
 
     def forward(self, x: Tensor, state: Any = None, *, starts: Tensor | None = None) -> tuple[Tensor, Cache]:
         """x [B T D] -> y [B T D], state."""
-        begun = self.begin(x, state, starts)
-        q, k, v = self._project(x, token_positions(begun.position, x.shape[1], starts))
-        y, after = attention(q, k, v, window=self.cfg.window, state=None if state is None else begun, starts=starts)
+        begun = self.begin(x, self.expected(len(x)) if state is None else state, starts)
+        if state is None:
+            turn, begun = self._turn_anew(x, starts), None
+        else:
+            turn = self._turn(x, token_positions(begun.position, x.shape[1], starts))
+        y, after = attention(*self._project(x, turn), window=self.cfg.window, state=begun, starts=starts)
         return self.out_proj(y.flatten(-2)), self._kept(after)
 
-    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Cache]:
+    def step(self, x: Tensor, state: Cache) -> tuple[Tensor, Cache]:
         """x [B D] -> y [B D], state."""
         begun = self.begin(x, state)
-        y, after = attention_step(*self._project(x, begun.position), state=begun)
+        y, after = attention_step(*self._project(x, self._turn(x, begun.position)), state=begun)
         return self.out_proj(y.flatten(-2)), after
 
-    def step_(self, x: Tensor, state: Any) -> tuple[Tensor, Cache]:
+    def step_(self, x: Tensor, state: Cache) -> tuple[Tensor, Cache]:
         """``step`` in place: nothing of the past is copied but when the cache runs full."""
-        y, after = attention_step_(*self._project(x, state.position), state=state)
+        begun = self.begin(x, state)
+        y, after = attention_step_(*self._project(x, self._turn(x, begun.position)), state=begun)
         return self.out_proj(y.flatten(-2)), after
 
     def mixing(self, x: Tensor) -> base.Mixing:
         """See ``base.Mixer.mixing``; the probabilities, one matrix per query head."""
-        q, k, v = self._project(x, token_positions(self.init_state(len(x)).position, x.shape[1], None))
-        eye = base.identity_values(*k.shape[:3], like=v)
+        q, k, v = self._project(x, self._turn_anew(x, None))
+        batch, time, groups, _ = k.shape
+        eye = base.identity_values(batch, time, groups, like=v)
         matrix, _ = attention(q, k, eye, window=self.cfg.window)
         values = v.repeat_interleave(self.cfg.n_heads // self.groups, dim=2)
         return base.Mixing(matrix.transpose(1, 2), values, attention(q, k, v, window=self.cfg.window)[0])

@@ -59,6 +59,7 @@ class Mixer(nn.Module):
     equation: ClassVar[str] = ""  # one line for tables
     side: ClassVar[tuple[str, ...]] = ()  # values read from, or written for, other layers of the same call
     no_decay: ClassVar[tuple[str, ...]] = ()  # parameters that weight decay must spare, beside all vectors
+    cfg: Any  # the class's own Config
     lr_scales: ClassVar[dict[str, float]] = {}  # parameters that learn at a multiple of the learning rate
 
     def __init__(self, cfg: Any, d_model: int, depth: Depth = Depth()) -> None:
@@ -99,8 +100,12 @@ class Mixer(nn.Module):
             shapes.check_starts(starts, x.shape[0], x.shape[1])
         if state is None:
             return self.init_state(x.shape[0])
-        states.check_like(state, self.init_state(x.shape[0]), f"state of {type(self).__name__}")
+        states.check_like(state, self.expected(x.shape[0]), f"state of {type(self).__name__}")
         return state
+
+    def expected(self, batch: int) -> Any:
+        """What ``begin`` holds a given state to (shapes and dtypes only); overridden where ``init_state`` is large."""
+        return self.init_state(batch)
 
     @property
     def factory(self) -> dict[str, Any]:

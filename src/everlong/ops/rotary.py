@@ -9,23 +9,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..shapes import state_dtype
 
+def angles(positions: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines for ``positions [...]``, for heads whose first ``width`` channels turn: ``[... 1 R]``.
 
-def angles(positions: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines for ``positions [B T]`` or ``[B]``, one head of ``width``: fp64 ``[B T 1 R]``.
-
-    In fp64, because an angle of a million radians has lost two digits in fp32.
+    Computed in fp64, because an angle of a million radians has lost two digits in fp32.
     """
     pairs = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device)
     angle = positions.double()[..., None, None] * theta ** (-pairs / width)
-    cos, sin = angle.cos(), angle.sin()
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the first R channels of each head.  x [B T H K], cos and sin [B T 1 R] -> [B T H K] in the dtype of x."""
-    width, wide = cos.shape[-1], state_dtype(x)
-    turned = x[..., :width].to(wide)
-    turned = torch.addcmul(turned * cos.to(wide), turned.roll(width // 2, dims=-1), sin.to(wide)).to(x.dtype)
+    """Turn the first R channels of each head.  x [... H K], cos and sin [... 1 R] -> [... H K] in the dtype of x."""
+    width = cos.shape[-1]
+    turned = x[..., :width].to(cos.dtype)
+    turned = torch.addcmul(turned * cos, turned.roll(width // 2, dims=-1), sin).to(x.dtype)
     return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], dim=-1)
