@@ -181,8 +181,12 @@ def _introduce(model: Model) -> dict[str, str]:
 
 def _columns(results: Results) -> list[dict[str, str]]:
     """Heads of the summary table: label, what is better, and where it was read."""
-    fixed = [{"label": "Model", "note": ""}, {"label": "Size", "note": "parameters"}]
-    return fixed + [{"label": _label(measure), "note": _note(measure, measure.read(results))} for measure in MEASURES]
+    fixed = [{"label": "Model", "note": "", "better": ""}, {"label": "Size", "note": "parameters", "better": ""}]
+    better = {True: "lower is better", False: "higher is better"}
+    return fixed + [
+        {"label": _label(measure), "note": _note(measure, measure.read(results)), "better": better[measure.low]}
+        for measure in MEASURES
+    ]
 
 
 def _label(measure: Measure) -> str:
@@ -200,8 +204,7 @@ def _note(measure: Measure, reading: Reading) -> str:
         "decode": "at {}",
     }
     place = where.get(measure.key, "").format(at) if at else ""
-    better = "lower is better" if measure.low else "higher is better"
-    return ", ".join(part for part in (unit, place, better) if part)
+    return ", ".join(part for part in (unit, place) if part)
 
 
 def _rows(results: Results) -> list[dict[str, Any]]:
@@ -211,7 +214,7 @@ def _rows(results: Results) -> list[dict[str, Any]]:
     rows = []
     for model in models(results):
         name, params = model["name"], number(model.get("params"))
-        cells = [{"text": f"{params / 1e6:.3g} M" if params else "–", "value": params, "mark": ""}]
+        cells = [{"text": f"{params / 1e6:.2f} M" if params else "–", "value": params, "mark": ""}]
         for (measure, reading), mark in zip(readings, marks, strict=True):
             value = reading.values.get(name)
             shown = "–" if value is None else measure.show(value)

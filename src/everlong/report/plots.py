@@ -99,6 +99,15 @@ def _wide(values: Sequence[float]) -> bool:
     return min(values) > 0 and max(values) / min(values) > _CALM
 
 
+def _upright(label: str, values: Sequence[float], show: Callable[[float], str]) -> dict[str, Any]:
+    """The vertical axis of a speed: from zero, or on a log scale with ticks at 1, 2, 5 where the values are far apart."""
+    if not _wide(values):
+        return {"title": label, "zero": True}
+    powers = range(math.floor(math.log10(min(values))) - 1, math.ceil(math.log10(max(values))) + 1)
+    ticks = [digit * 10.0**power for power in powers for digit in (1, 2, 5)]
+    return {"title": label, "log": True, "tickvals": ticks, "ticktext": [show(tick) for tick in ticks]}
+
+
 def _decades(values: Sequence[float], base: int, show: Callable[[float], str]) -> dict[str, Any]:
     """A log axis with ticks at powers of ``base``, at most nine."""
     low, high = math.floor(math.log(min(values), base)), math.ceil(math.log(max(values), base))
@@ -193,7 +202,7 @@ def _by_length(results: Results) -> Figure | None:
     )
     figure["x"] = _axis("length of the text, tokens", _all_x(rows), show=lambda x: f"{short(x)} ({x / context:g}×)")
     if _wide(_all_y(rows)):
-        figure["y"]["log"] = True
+        figure["y"] = _upright("bits per byte", _all_y(rows), lambda y: f"{y:g}")
     return figure
 
 
@@ -244,7 +253,7 @@ def _prefill(results: Results) -> Figure | None:
     )
     figure = _plot("prefill", "Reading a prompt", told, rows, comma, "tokens/s", "length of the prompt, tokens")
     figure["x"] = _axis("length of the prompt, tokens", _all_x(rows), show=short)
-    figure["y"] = {"title": "tokens/s", "log": _wide(_all_y(rows)), "zero": not _wide(_all_y(rows))}
+    figure["y"] = _upright("tokens/s", _all_y(rows), comma)
     return figure
 
 
@@ -265,8 +274,7 @@ def _decode(results: Results) -> Figure | None:
         tails = zip(series["hover"], series["x"], strict=True)
         series["hover"] = [f"{h}, P99 {milliseconds(band[x])}" if x in band else h for h, x in tails]
     figure["x"] = _axis("tokens in the context", _all_x(rows), show=short)
-    wide = _wide(_all_y(rows))
-    figure["y"] = {"title": "ms per token", "log": wide, "zero": not wide}
+    figure["y"] = _upright("ms per token", [*_all_y(rows), *_all_y(slow)], milliseconds)
     return figure
 
 

@@ -74,7 +74,6 @@
       gridcolor: colours.grid, linecolor: colours.axis, zeroline: false, ticks: "", ticklabelstandoff: 4,
     };
     if (spec.log) made.type = "log";
-    if (spec.log && !spec.tickvals) made.dtick = "D2";
     if (spec.tickvals) Object.assign(made, { tickmode: "array", tickvals: spec.tickvals, ticktext: spec.ticktext });
     if (spec.range) made.range = spec.range;
     if (spec.percent) made.tickformat = ".0%";
@@ -86,7 +85,7 @@
     const colours = ink(dark);
     const bars = plot.series.some((series) => series.mode === "bar");
     const made = {
-      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 8, r: 16, t: 10, b: 8 },
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 8, r: 24, t: 10, b: 8 },
       font: { family: getComputedStyle(document.body).fontFamily, size: 12.5, color: colours.text },
       hovermode: bars ? "closest" : "x unified", dragmode: coarse ? false : "zoom", showlegend: false,
       hoverlabel: { bgcolor: colours.hover, bordercolor: colours.axis, font: { color: dark ? "#e8ebef" : "#171b21", size: 12.5 } },
