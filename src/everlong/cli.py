@@ -52,6 +52,54 @@ def generate(
     print()
 
 
+@app.command()
+def train(
+    context: typer.Context,
+    paths: Annotated[list[str] | None, typer.Argument(help="Text files, folders or globs; none: the sources of "
+                                                         "Python's standard library.", show_default=False)] = None,
+    mixer: Annotated[str, typer.Option(help="A name from `everlong list`, or the dotted path of your own.")] = "mamba2",
+    config: Annotated[Path | None, typer.Option(help="A model's config as JSON (or the folder of a model), "
+                                                   "in place of --mixer, --d-model and --layers.")] = None,
+    d_model: Annotated[int, typer.Option(help="Width of the model.")] = 128,
+    layers: Annotated[int, typer.Option(help="Number of layers.")] = 4,
+    tokens: Annotated[int, typer.Option(help="Tokens to train on in all.")] = 2_000_000,
+    length: Annotated[int, typer.Option("--context", help="Tokens of one training sequence.")] = 256,
+    batch: Annotated[int, typer.Option(help="Sequences of one step.")] = 16,
+    accumulate: Annotated[int, typer.Option(help="Parts in which a step is computed, to save memory.")] = 1,
+    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 2e-3,
+    tokenizer: Annotated[str | None, typer.Option(help="A tokenizer.json; without it, bytes.")] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16 where that is safe.")] = False,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same run.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run.", show_default="runs/train-MIXER")] = None,
+    save_every: Annotated[int, typer.Option(help="Save the run every so many steps.")] = 100,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+) -> None:
+    """Train a language model on text; killed at any moment, it goes on where it was.
+
+    [bold]Examples[/]\n
+      everlong train\n
+      everlong train book.txt notes/ "src/**/*.py" --mixer rwkv7 --tokens 5000000\n
+      everlong train data/ --mixer my_package.my_mixer --d-model 256 --layers 6 --out runs/mine\n
+      everlong train --resume runs/mine
+    """
+    from .train import job, show
+
+    if resume is not None:
+        show.refuse_other_options(context, "resume")
+        show.train(job.read_job(resume), resume)
+        return
+    settings = job.Trainer.Config(tokens=tokens, context=length, batch=batch, accumulate=accumulate, lr=lr, bf16=bf16,
+                                  seed=seed, save_every=save_every)
+    if config is not None:
+        show.refuse_other_options(context, "config", "mixer", "d_model", "layers")
+        model, name = job.read_model_config(config), config.stem
+    else:
+        vocabulary = job.open_tokenizer(tokenizer).vocab_size
+        model, name = job.simple_model(mixer, d_model, layers, vocabulary), mixer
+    made = job.Job(model=model, train=settings, paths=tuple(paths or ()), tokenizer=tokenizer)
+    show.train(made, out or Path("runs", f"train-{name}"))
+
+
 @app.command("list")
 def list_architectures() -> None:
     """Show every architecture: equation, memory, sizes, cost of a token, backends."""

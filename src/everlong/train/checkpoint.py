@@ -31,8 +31,12 @@ def collect(model: nn.Module, optimizer: Optimizer, history: Tensor) -> dict[str
     return {name: value.detach().contiguous().cpu() for name, value in tensors.items()}
 
 
-def restore(tensors: dict[str, Tensor], model: nn.Module, optimizer: Optimizer) -> Tensor:
-    """Put back what ``collect`` gathered, and return the history. Values are copied into memory of PyTorch's own."""
+def restore(tensors: dict[str, Tensor], model: nn.Module,
+            optimizer: Optimizer) -> tuple[Tensor, dict[str, Tensor]]:
+    """Put back what ``collect`` gathered; the history, and the random states for ``restore_random``.
+
+    Values are copied into memory of PyTorch's own: the alignment of a tensor may change how its sums are rounded.
+    """
     weights = {name[len(_MODEL) :]: value for name, value in tensors.items() if name.startswith(_MODEL)}
     model.load_state_dict(weights)
     parameters = dict(model.named_parameters())
@@ -41,10 +45,16 @@ def restore(tensors: dict[str, Tensor], model: nn.Module, optimizer: Optimizer) 
             key, _, parameter_name = name[len(_OPTIMIZER) :].partition(":")
             parameter = parameters[parameter_name]
             optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
-    torch.set_rng_state(tensors[_RANDOM + "cpu"].clone())
-    if _RANDOM + "cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors[_RANDOM + "cuda"].clone())
-    return tensors[_HISTORY].clone()
+    random = {name[len(_RANDOM) :]: value.clone() for name, value in tensors.items() if name.startswith(_RANDOM)}
+    return tensors[_HISTORY].clone(), random
+
+
+def restore_random(states: dict[str, Tensor]) -> None:
+    """Set PyTorch's random states to those of a checkpoint; nothing for an empty dict."""
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
 
 
 def save(path: Path, tensors: dict[str, Tensor], described: dict[str, Any]) -> None:
@@ -71,7 +81,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _checksum(tensors: dict[str, Tensor]) -> int:
     checksum = 0
     for _, value in sorted(tensors.items()):
-        checksum = zlib.crc32(value.contiguous().reshape(-1).view(torch.uint8).numpy(), checksum)
+        checksum = zlib.crc32(value.contiguous().reshape(-1).view(torch.uint8).numpy().data, checksum)
     return checksum
 
 

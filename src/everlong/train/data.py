@@ -104,7 +104,7 @@ class Corpus:
     @cached_property
     def fingerprint(self) -> str:
         """A short text that another corpus (almost surely) does not have."""
-        checksum = zlib.crc32(self.offsets.numpy(), zlib.crc32(self.tokens.numpy()))
+        checksum = zlib.crc32(self.offsets.numpy().data, zlib.crc32(self.tokens.numpy().data))
         return f"{len(self)} tokens in {self.documents} documents, checksum {checksum:08x}"
 
     def document(self, index: int) -> Tensor:
@@ -124,8 +124,8 @@ class Corpus:
             if taken < wanted and taken + lengths[index] <= 2 * wanted:
                 chosen.append(index)
                 taken += lengths[index]
-        if taken < wanted / 2:
-            return self._cut(max(1, int(wanted)))
+        if taken < max(2, wanted / 2):
+            return self._cut(max(2, int(wanted)))
         mask = torch.zeros(self.documents, dtype=torch.bool)
         mask[chosen] = True
         return self._select(~mask), self._select(mask)
@@ -141,7 +141,7 @@ class Corpus:
         lengths = self.offsets.diff()
         longest = int(lengths.argmax())
         size = min(size, int(lengths[longest]) - 1)
-        if size < 1:
+        if size < 2:
             raise ValueError(f"{self.fingerprint}: too little text to hold some out; give more text")
         end = int(self.offsets[longest + 1])
         eos = [] if self.tokenizer.eos is None else [self.tokenizer.eos]
@@ -242,25 +242,22 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 def _read(path: Path, named: bool, skipped: dict[str, int]) -> bytes:
     """The bytes of a text file; of any other, an error if it was named, else nothing and a count in ``skipped``."""
+    problem, data, advice = "", b"", ""
     try:
-        problem, data = "not regular files", path.read_bytes() if path.is_file() else None
+        if path.is_file():
+            data = path.read_bytes()
+            problem = "" if data else "empty"
+        else:
+            problem, advice = "not a regular file", "give a file, folder or glob"
     except OSError as error:
-        problem, data = "unreadable", None
-        if named:
-            raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
-    if data is not None and b"\0" in data:
-        if named:
-            raise ValueError(
-                f"{path} is binary (it has NUL bytes, the first at {data.index(0)}); give text, and UTF-16 as UTF-8"
-            )
-        problem, data = "binary", None
-    elif data is not None and not data:
-        problem, data = "empty", None
-    elif data is None and named:
-        raise ValueError(f"{path} is not a regular file; give a file, folder or glob")
-    if data is None:
+        problem, advice = "unreadable", f"{error.strerror or error}; check its permissions"
+    if b"\0" in data:
+        problem, advice = "binary", f"a NUL byte at {data.index(0)}; give text, and UTF-16 as UTF-8"
+    if problem and advice and named:
+        raise ValueError(f"{path} is {problem}: {advice}")
+    if problem:
         skipped[problem] = skipped.get(problem, 0) + 1
-    return data or b""
+    return b"" if problem else data
 
 
 def _because(skipped: dict[str, int]) -> str:

@@ -110,6 +110,7 @@ class Trainer:
         self.device = self.parameters[0].device
         self.curve: list[Progress] = []
         self.saved: int | None = None  # the step of the checkpoint in the folder
+        self.random: dict[str, Tensor] = {}  # random states of the checkpoint
         self._check_vocabulary()
 
     def _check_vocabulary(self) -> None:
@@ -156,8 +157,9 @@ class Trainer:
     def _own_randomness(self) -> Iterator[None]:
         """The run's random state, from its seed or checkpoint; the caller's is put back afterwards."""
         with torch.random.fork_rng([self.device.index or 0] if self.device.type == "cuda" else []):
+            self.resume()
             torch.manual_seed(self.cfg.seed)
-            self._resume()
+            checkpoint.restore_random(self.random)
             yield
 
     @contextlib.contextmanager
@@ -175,10 +177,8 @@ class Trainer:
         loss = self._update()
         seconds = time.perf_counter() - began
         step, size = self.step + 1, self.cfg.batch * self.cfg.context
-        density = getattr(self.data, "tokens_per_byte", None)
-        bits = None if density is None else loss / math.log(2) * density
         past = self.curve[-1].seconds if self.curve else 0.0
-        return Progress(step, self.cfg.steps, step * size, loss, bits, size / seconds, past + seconds)
+        return self._progress(step, loss, size / seconds, past + seconds)
 
     def _update(self) -> float:
         """One step of the optimiser; returns the loss before it. The step's only wait for the device is ``tolist``."""
@@ -249,13 +249,17 @@ class Trainer:
                           ) from error
         self.saved = self.step
 
-    def _resume(self) -> None:
+    def resume(self) -> int:
+        """Take over the folder's checkpoint, if there is one; the steps done. ``run`` does this by itself.
+
+        ``ValueError`` where the checkpoint is damaged, or of a run with other settings, model or data.
+        """
         path = self.folder / checkpoint.FILE if self.folder else None
-        if path is None or self.folder is None or self.step:
-            return
-        checkpoint.remove_leftovers(self.folder)
+        if path is None or self.step:
+            return self.step
+        checkpoint.remove_leftovers(path.parent)
         if not path.is_file():
-            return
+            return 0
         tensors, described = checkpoint.load(path)
         found = list(checkpoint.differences(described, self._described()))
         if found:
@@ -263,11 +267,12 @@ class Trainer:
                 f"{self.folder} holds a run that differs: {'; '.join(found[:5])}. "
                 "Go on with its own settings, choose another folder, or delete this one to begin anew"
             )
-        history = checkpoint.restore(tensors, self.model, self.optimizer)
-        self.curve = [self._remembered(step, *row) for step, row in enumerate(history.tolist(), 1)]
+        history, self.random = checkpoint.restore(tensors, self.model, self.optimizer)
+        self.curve = [self._progress(step, *row) for step, row in enumerate(history.tolist(), 1)]
         self.saved = self.step
+        return self.step
 
-    def _remembered(self, step: int, loss: float, speed: float, seconds: float) -> Progress:
+    def _progress(self, step: int, loss: float, speed: float, seconds: float) -> Progress:
         density = getattr(self.data, "tokens_per_byte", None)
         bits = None if density is None else loss / math.log(2) * density
         return Progress(step, self.cfg.steps, step * self.cfg.batch * self.cfg.context, loss, bits, speed, seconds)
