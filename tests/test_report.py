@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import json
 import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+from rich.console import Console
+
+from everlong.report import html
+from everlong.report.measures import MEASURES, size
+from everlong.report.plots import figures, looks
+from everlong.report.terminal import Board, summary
+from everlong.report.verdict import caveats, headline, verdict
 
 CONTEXT = 256
 # name, title, memory, bits per byte, drift beyond the context, capacity of recall, state bytes, tokens/s, ms per token
@@ -70,7 +86,10 @@ def made_up_model(row: tuple) -> dict:
             for t in (64, 1024, 4096, 16_384)
         ],
         "samples": [
-            {"prompt": "def read_csv(", "text": f"self, {title.lower()!r}):\n\t\tif x < 1 & y > 2:\n        return None\n"},
+            {
+                "prompt": "def read_csv(",
+                "text": f"self, {title.lower()!r}):\n\t\tif x < 1 & y > 2:\n        return None\n",
+            },
             {"prompt": "import os\nimport ", "text": "sys\nimport re\n\n\nclass Test(unittest.TestCase):\n" * 3},
         ],
     }
@@ -109,3 +128,327 @@ def made_up(*names: str) -> dict:
         },
         "models": [made_up_model(row) for row in chosen],
     }
+
+
+HOSTILE = "</script><script>alert(1)</script><!-- & <b>bold</b> \x00\x1b\ud800 \u2028 end"
+SECTIONS = ("verdict", "summary", "plots", "models", "samples", "made")
+
+
+class Page(HTMLParser):
+    """What a browser would see: elements, ids, texts of scripts and of samples."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict]] = []
+        self.ids: set[str] = set()
+        self.scripts: list[tuple[dict, str]] = []
+        self.said: list[str] = []
+        self.inside: list[tuple[str, dict]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        found = dict(attrs)
+        self.elements.append((tag, found))
+        self.ids |= {found["id"]} if "id" in found else set()
+        self.inside.append((tag, found))
+        if tag == "script":
+            self.scripts.append((found, ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        while self.inside and self.inside.pop()[0] != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        where = [tag for tag, _ in self.inside]
+        if where and where[-1] == "script":
+            self.scripts[-1] = (self.scripts[-1][0], self.scripts[-1][1] + data)
+        elif "style" not in where:
+            self.said.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.said))
+
+    @property
+    def data(self) -> dict:
+        return json.loads(next(text for attrs, text in self.scripts if attrs.get("id") == "data"))
+
+
+@pytest.fixture
+def page(monkeypatch):
+    """Renders results, with a stand-in for plotly.js."""
+    monkeypatch.setattr(html, "_plotly", lambda: "/* plotly */")
+    return lambda results: Page(html.render(results))
+
+
+def stripped(*keys: str) -> dict:
+    """Made-up results without some blocks."""
+    results = made_up()
+    for model in results["models"]:
+        for key in keys:
+            model.pop(key)
+    return results
+
+
+def found(results: dict, key: str) -> dict:
+    return next(finding for finding in verdict(results) if finding["key"] == key)
+
+
+def test_page_has_every_section_plot_and_figure(page):
+    seen = page(made_up())
+    assert set(SECTIONS) <= seen.ids
+    assert {
+        f"p-{key}" for key in ("learning", "position", "length", "recall", "state", "prefill", "decode", "training")
+    } <= seen.ids
+    for words in (
+        "Imaginary CPU",
+        "everlong compare --quick",
+        "2031-02-03 04:05 UTC",
+        "AdamW",
+        "RWKV",
+        "293 MiB",
+        "2.262",
+    ):
+        assert words in seen.text
+    assert "Partial results" not in seen.text
+    assert len([tag for tag, attrs in seen.elements if attrs.get("role") == "img" and attrs["aria-label"]]) == 8
+
+
+def test_page_loads_nothing():
+    text = html.render(made_up())  # with the real plotly.js
+    seen = Page(text)
+    loads = [
+        attrs[key] for _, attrs in seen.elements for key in ("src", "href", "srcset", "action", "data") if key in attrs
+    ]
+    assert all(load.startswith(("#", "data:")) for load in loads), loads
+    assert {tag for tag, _ in seen.elements}.isdisjoint({"iframe", "img", "object", "embed", "base", "form"})
+    policy = next(attrs["content"] for tag, attrs in seen.elements if tag == "meta" and "http-equiv" in attrs)
+    assert policy.startswith("default-src 'none'") and "http" not in policy
+    css = text[text.index("<style>") : text.index("</style>")]
+    assert "url(" not in css and "@import" not in css
+    assert "plotly.js v" in text and "showSendToCloud: false" in text
+    assert len(seen.scripts) == 4
+
+
+@pytest.mark.parametrize("place", ["sample", "prompt", "title", "command", "machine", "equation"])
+def test_hostile_text_stays_text(page, place):
+    results = made_up()
+    model = results["models"][0]
+    if place in ("sample", "prompt"):
+        model["samples"][0]["text" if place == "sample" else "prompt"] = HOSTILE
+    elif place == "machine":
+        results["machine"]["cpu"] = HOSTILE
+    elif place == "command":
+        results["command"] = HOSTILE
+    else:
+        model[place] = HOSTILE
+    seen = page(results)
+    assert len(seen.scripts) == 4 and "b" not in {tag for tag, _ in seen.elements}
+    assert len(seen.data["plots"]) == 8
+    assert "alert(1)" in seen.text
+    assert not any("alert(1)" in text for attrs, text in seen.scripts if attrs.get("id") != "data")
+
+
+def test_samples_keep_whitespace_and_show_control_characters():
+    assert html.printable("a\n\t b\r\nc\x00\x1b\x7f\x85\ud800") == "a\n\t b\nc␀␛␡\ufffd?"
+    text = html.render(made_up())
+    assert '<span class="prompt">def read_csv(</span>self, &#39;mamba&#39;):\n\t\tif x &lt; 1 &amp; y &gt; 2:' in text
+
+
+def test_verdict_says_what_the_figures_say():
+    results = made_up()
+    assert found(results, "text")["winners"] == ["jamba", "mamba2", "mamba"]  # within 2 %
+    assert found(results, "text")["winner"] is None and found(results, "text")["kind"] == "tie"
+    assert found(results, "text")["runner_up"] == "rwkv7"
+    assert found(results, "beyond")["winners"] == ["mamba2", "mamba"]
+    assert "Attention (+26 %)" in found(results, "beyond")["reason"]
+    assert (found(results, "recall")["winner"], found(results, "recall")["runner_up"]) == ("attention", "jamba")
+    assert found(results, "memory")["winner"] == "mamba" and "5,000 times" in found(results, "memory")["reason"]
+    assert found(results, "prefill")["winners"] == ["mamba2", "griffin"]
+    assert (
+        found(results, "decode")["winner"] == "mamba2"
+        and "Attention takes 7.4 times" in found(results, "decode")["reason"]
+    )
+    assert found(results, "train")["winners"] == ["mamba2", "jamba", "griffin"]
+    assert found(results, "all_round")["winner"] == "mamba2"
+    assert "tie for text quality" in headline(results)
+
+
+def test_a_clear_lead_wins_and_a_small_one_ties():
+    results = made_up("mamba", "mamba2")
+    first, second = results["models"]
+    for value, kind in ((2.0, "win"), (2.288 * 0.979, "win"), (2.288 * 0.985, "tie"), (2.288 * 1.015, "tie")):
+        first["text"]["bits_per_byte"], second["text"]["bits_per_byte"] = value, 2.288
+        assert found(results, "text")["kind"] == kind, value
+    first["training"]["tokens_per_second"], second["training"]["tokens_per_second"] = 1.0, 1.09
+    assert found(results, "train")["kind"] == "tie"
+    second["training"]["tokens_per_second"] = 1.12
+    assert found(results, "train")["winner"] == "mamba2"
+
+
+def test_lengths_that_not_all_have_are_not_compared():
+    results = made_up("attention", "mamba")
+    results["models"][0]["decode"] = results["models"][0]["decode"][:2]  # attention was measured to 1,024 only
+    assert "after 1,024" in found(results, "decode")["figure"]
+    results["models"][0]["decode"] = [{"context": 77, "p50_ms": 1.0}]
+    assert found(results, "decode")["kind"] == "missing"
+
+
+def test_nobody_wins_recall_at_chance():
+    results = made_up()
+    for model in results["models"]:
+        model["recall"]["pairs"] = [[4, 0.03], [8, 0.02]]
+    finding = found(results, "recall")
+    assert finding["kind"] == "none" and finding["winner"] is None and "1.6 %" in finding["reason"]
+
+
+def test_models_cut_short_are_not_ranked_for_text(page):
+    results = made_up()
+    jamba = results["models"][-1]
+    jamba["status"], jamba["training"]["tokens"], results["complete"] = "partial", 100_000, False
+    finding = found(results, "text")
+    assert "jamba" not in finding["winners"] and "cut short: Jamba" in finding["reason"]
+    assert any("partial" in line and "Jamba" in line for line in caveats(results))
+    seen = page(results)
+    assert "Partial results." in seen.text and "5 of 6 models are complete; not yet: Jamba (partial)" in seen.text
+
+
+@pytest.mark.parametrize("block", ["training", "text", "recall", "state_bytes", "prefill", "decode", "samples"])
+def test_a_missing_block_is_said_not_guessed(page, block):
+    results = stripped(block)
+    key = {"text": "text", "training": "train", "state_bytes": "memory", "samples": "text"}.get(block, block)
+    assert found(results, key)["kind"] == ("tie" if block == "samples" else "missing")
+    seen = page(results)
+    assert set(SECTIONS) <= seen.ids
+    if block != "samples":
+        need = next(measure.need for measure in MEASURES if measure.key == key)
+        assert f"{need.lower()}" in seen.text.lower() and "not measured" in seen.text
+
+
+def test_nulls_and_not_a_number_are_left_out(page):
+    results = made_up("mamba", "mamba2", "rwkv7")
+    broken, empty, _ = results["models"]
+    broken["text"]["bits_per_byte"] = math.nan
+    broken["text"]["by_length"][1][1] = math.inf
+    broken["prefill"][0][1] = None
+    for block in ("training", "text", "recall", "state_bytes", "prefill", "decode", "samples", "memory", "layers"):
+        empty[block] = None
+    assert found(results, "text")["kind"] == "only" and found(results, "text")["winner"] == "rwkv7"
+    assert "NaN" not in json.dumps(page(results).data)
+
+
+@pytest.mark.parametrize(
+    "results", [{}, {"models": []}, {"models": [{"name": "mamba"}]}, {"version": 1, "models": None}]
+)
+def test_almost_nothing_still_makes_a_page(page, results):
+    seen = page(results)
+    assert set(SECTIONS) <= seen.ids
+    assert {finding["kind"] for finding in verdict(results)} == {"missing"}
+    assert caveats(results) and headline(results)
+    summary(results, console=Console(file=io.StringIO()))
+
+
+def test_one_model_wins_nothing(page):
+    results = made_up("rwkv7")
+    kinds = {finding["key"]: finding["kind"] for finding in verdict(results)}
+    assert set(kinds.values()) == {"only", "missing"} and kinds["all_round"] == "missing"
+    assert headline(results) == "Only RWKV-7 was measured, so there is nothing to compare yet."
+    assert not [attrs for tag, attrs in page(results).elements if tag == "td" and "best" in attrs["class"]]
+
+
+def test_verdict_changes_nothing_and_is_plain_data():
+    results = made_up()
+    before = copy.deepcopy(results)
+    json.dumps(verdict(results)), figures(results), html.render(results)
+    assert results == before
+
+
+def test_every_model_keeps_one_look():
+    everyone, two = looks(made_up()), looks(made_up("mamba2", "jamba"))
+    assert two["mamba2"] == everyone["mamba2"] and two["jamba"] == everyone["jamba"]
+    for key in ("light", "dark", "marker"):
+        assert len({look[key] for look in everyone.values()}) == 6
+    strangers = looks({"models": [{"name": f"model{i}"} for i in range(30)] + [{"name": "mamba"}]})
+    assert len(strangers) == 31
+
+
+def test_decode_band_and_state_markers_are_drawn():
+    plots = {plot["key"]: plot for plot in figures(made_up())}
+    line = plots["decode"]["series"][0]
+    assert all(high > low for high, low in zip(line["band"], line["y"], strict=True)) and "P99" in line["hover"][0]
+    modes = [series["mode"] for series in plots["state"]["series"]]
+    assert modes == ["lines"] * 6 + ["markers"] * 6 and plots["state"]["x"]["log"] and plots["state"]["y"]["log"]
+    assert plots["recall"]["lines"][0]["y"] == 1 / 64
+    assert plots["length"]["x"]["ticktext"] == ["256 (1×)", "512 (2×)", "1,024 (4×)", "2,048 (8×)"]
+
+
+def test_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "report.html"
+    html.write_report(made_up("mamba"), path)
+    assert path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    old = path.read_bytes()
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        html.write_report(made_up("mamba2"), path)
+    assert path.read_bytes() == old and [file.name for file in path.parent.iterdir()] == ["report.html"]
+
+
+def test_importing_the_report_does_not_import_plotly():
+    code = "import sys, everlong.report.html, everlong.report.terminal; sys.exit('plotly' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_sizes_read_well():
+    assert [size(value) for value in (12, 98_304, 1536, 307_200_000)] == ["12 B", "96 KiB", "1.5 KiB", "293 MiB"]
+
+
+def test_board_prints_one_line_per_stage_where_nobody_watches():
+    out = io.StringIO()
+    with Board({"mamba": "Mamba", "jamba": "Jamba"}, Console(file=out, width=200)) as board:
+        board.update("mamba", status="training", progress=0.0, params=812_000)
+        for step in range(5):
+            board.update("mamba", progress=step / 5, train=1000.0 + step, loss=3.0 - step / 10)
+        board.update("mamba", status="measuring", held_out=2.5)
+        board.update("mamba", status="done", recall=0.5, decode=float("nan"))
+    lines = out.getvalue().splitlines()
+    assert lines == [
+        "Mamba: training: 0.81M parameters, 1,004 tokens/s trained, 2.600 bits per byte now",
+        "Mamba: measuring: 2.500 bits per byte held out",
+        "Mamba: done: 50 % recall",
+    ]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_board_draws_a_table_on_a_terminal(width):
+    out = io.StringIO()
+    console = Console(file=out, width=width, force_terminal=True, color_system=None)
+    with Board(["mamba", "jamba"], console) as board:
+        board.update("mamba", status="training", progress=0.43, params=812_000, train=12_345.6)
+        board.update("jamba", status="done", state=198_656, prefill=57_840)
+    shown = out.getvalue()
+    for words in ("mamba", "12,346", "194 KiB", "57,840", "training", "43%" if width == 80 else "━"):
+        assert words in shown
+
+
+def test_board_teaches_its_names():
+    board = Board(["mamba"], Console(file=io.StringIO()))
+    with pytest.raises(ValueError, match="no model 'mambo' on the board; did you mean 'mamba'"):
+        board.update("mambo")
+    with pytest.raises(ValueError, match="no column 'recal' on the board; did you mean 'recall'"):
+        board.update("mamba", recal=0.1)
+
+
+def test_summary_prints_table_verdict_and_path(tmp_path):
+    out = io.StringIO()
+    results = made_up()
+    results["models"][0]["status"] = "partial"
+    summary(results, tmp_path / "report.html", Console(file=out, width=120))
+    shown = out.getvalue()
+    for words in (
+        "2.262 *",
+        "60 KiB *",
+        "Best all-round: Mamba-2",
+        "Partial results (Attention)",
+        str(tmp_path / "report.html"),
+    ):
+        assert words in shown

@@ -100,7 +100,7 @@ def _wide(values: Sequence[float]) -> bool:
 
 
 def _upright(label: str, values: Sequence[float], show: Callable[[float], str]) -> dict[str, Any]:
-    """The vertical axis of a speed: from zero, or on a log scale with ticks at 1, 2, 5 where the values are far apart."""
+    """The vertical axis of a speed: from zero, or on a log scale with ticks at 1, 2, 5 where values lie far apart."""
     if not _wide(values):
         return {"title": label, "zero": True}
     powers = range(math.floor(math.log10(min(values))) - 1, math.ceil(math.log10(max(values))) + 1)
