@@ -2,7 +2,7 @@
 
 The decay ``g <= 0`` is absent, per head ``[B T H]`` or per key channel ``[B T H K]``. With ``bonus`` u
 ``[H K]`` the current token is read with its own weight: ``y_t = (S_{t-1} + diag(u) k_t v_t^T)^T q_t``
-(RWKV-5/6). With ``normalizer`` eps, ``y_t`` is divided by ``q_t . z_t + eps``, where z accumulates k as
+(RWKV-5/6). Groups of heads may share q and k ``[B T G K]`` (Mamba-2). With ``normalizer`` eps, ``y_t`` is divided by ``q_t . z_t + eps``, where z accumulates k as
 S does k v^T; the state then has one more column, z.
 
 Serves linear attention (Katharopoulos et al. 2020), RetNet, GLA, Mamba-2 (k = B, v = dt x, q = C), mLSTM.
@@ -17,7 +17,8 @@ from torch import Tensor
 from ..shapes import check_starts, dims, state_dtype
 from . import dispatch
 from .cases import Case
-from .common import Resets, decayed_scores, heads_first, heads_last, loop, segsum, suffix_sum
+from .common import Resets, decayed_scores, heads_first, heads_last, loop, suffix_sum
+from .decay import decayed
 
 SEQUENCE = ("q", "k", "v", "g")
 CHUNK = 64
@@ -25,8 +26,10 @@ CHUNK = 64
 
 def linear_attention_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, *, bonus: Tensor | None = None,
                           state: Tensor) -> tuple[Tensor, Tensor]:
-    """One token, the definition. q, k [B H K], v [B H V], g [B H] or [B H K], state [B H K V] -> y [B H V], state."""
-    dtype = state.dtype
+    """One token, the definition. q, k [B G K], v [B H V], g [B H] or [B H K], state [B H K V] -> y [B H V], state."""
+    dtype, shared = state.dtype, v.shape[1] // q.shape[1]
+    if shared > 1:
+        q, k = (x.repeat_interleave(shared, dim=1) for x in (q, k))
     update = k.to(dtype)[..., None] * v.to(dtype)[..., None, :]
     decayed = state
     if g is not None:
@@ -48,43 +51,89 @@ def linear_attention_chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = N
                            bonus: Tensor | None = None, state: Tensor,
                            starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Chunk-parallel form: scores inside chunks of 64 tokens, a recurrence over chunk states between them."""
-    length, out_dtype, dtype = q.shape[1], v.dtype, state.dtype
-    q, k, v = (heads_first(x.to(dtype), CHUNK) for x in (q, k, v))
-    g = torch.zeros_like(q[..., 0]) if g is None else heads_first(g.to(dtype), CHUNK)
+    dtype = state.dtype
+    wide = [None if x is None else x.to(dtype) for x in (q, k, v, g)]
+    if bonus is None and (g is None or g.dim() == 3):
+        y, state = _per_head(*wide, state=state, starts=starts)  # type: ignore[arg-type]
+    else:
+        y, state = _per_key(*wide, bonus=bonus, state=state, starts=starts)  # type: ignore[arg-type]
+    return y.to(v.dtype), state
+
+
+def _per_head(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, *, state: Tensor,
+              starts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """One decay per head, or none. Heads of a group (R of them) lie side by side, so that one product serves all.
+
+    Decays are applied to values and outputs, which each head has of its own. A document that starts is a
+    decay of exp(-inf) = 0: it needs no masks.
+    """
+    length, groups = q.shape[1:3]
+    q, k, v = heads_first(q, CHUNK), heads_first(k, CHUNK), heads_first(v.unflatten(2, (groups, -1)), CHUNK)
+    g = _log_decays(g, starts, v)
+    scores = (q @ k.transpose(-1, -2))[:, :, :, None]  # [B G N 1 C C]
+    scores = scores.tril() if g is None else decayed(scores, g)
+    inner = (scores @ v.transpose(3, 4)).transpose(3, 4)  # [B G N C R V]
+    updates = k.transpose(-1, -2) @ (v if g is None else v * _column(suffix_sum(g, dim=-1))).flatten(-2)
+    keep = None if g is None else g.sum(-1).exp().repeat_interleave(v.shape[-1], dim=-1)[:, :, :, None]
+    side = state.unflatten(1, (groups, -1)).transpose(2, 3)  # [B G K R V]
+    before, after = _carry(updates, keep, side.flatten(-2))
+    outer = (q @ before).view_as(inner)
+    y = inner + (outer if g is None else outer * _column(g.cumsum(-1)))
+    return heads_last(y.flatten(-2), length).unflatten(-1, (v.shape[-2], -1)).flatten(2, 3), _heads(after, side)
+
+
+def _heads(after: Tensor, side: Tensor) -> Tensor:
+    """The state ``[B G K R*V]`` as ``[B H K V]``."""
+    return after.view_as(side).transpose(2, 3).flatten(1, 2)
+
+
+def _log_decays(g: Tensor | None, starts: Tensor | None, v: Tensor) -> Tensor | None:
+    """g as ``[B G N R C]`` for v ``[B G N C R V]``, -inf where a document starts; None where nothing decays."""
+    if g is None and starts is None:
+        return None
+    if g is None:
+        g = v.new_zeros(*starts.shape, v.shape[1] * v.shape[4])  # type: ignore[union-attr]
+    if starts is not None:
+        g = g.masked_fill(starts[..., None], float("-inf"))
+    return heads_first(g.unflatten(2, (v.shape[1], -1)), CHUNK).transpose(-1, -2)
+
+
+def _column(g: Tensor) -> Tensor:
+    """exp(g) of g ``[B G N R C]`` as a factor of ``[B G N C R V]``."""
+    return g.exp().transpose(-1, -2)[..., None]
+
+
+def _carry(updates: Tensor, keep: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The recurrence over chunks: the states before each, ``[B H N K V]``, and the last."""
+    before = []
+    for n, update in enumerate(updates.unbind(2)):
+        before.append(state)
+        state = state + update if keep is None else torch.addcmul(update, keep[:, :, n], state)
+    return torch.stack(before, dim=2), state
+
+
+def _per_key(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, *, bonus: Tensor | None, state: Tensor,
+             starts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """One decay per key channel, or a bonus."""
+    length = q.shape[1]
+    q, k, v = (heads_first(x, CHUNK) for x in (q, k, v))
+    g = torch.zeros_like(q) if g is None else heads_first(g, CHUNK)
+    g = g if g.dim() == 5 else g[..., None].expand_as(q)
     resets = None if starts is None else Resets.of(starts, CHUNK)
-    scores = _scores(q, k, g, bonus)
-    if g.dim() == 4:
-        g = g[..., None]
-    reach, total = g.cumsum(dim=-2), g.sum(dim=-2)
+    scores = decayed_scores(q, k, g, before=bonus is not None)
+    if bonus is not None:
+        scores = scores + torch.diag_embed((q * bonus.to(q.dtype)[:, None, None] * k).sum(-1))
+    reach = g.cumsum(dim=-2)
     if bonus is not None:
         reach = torch.cat([torch.zeros_like(reach[..., :1, :]), reach[..., :-1, :]], dim=-2)
-    read, write, keep = q * reach.exp(), k * suffix_sum(g, dim=-2).exp(), total.exp()
+    read, write, keep = q * reach.exp(), k * suffix_sum(g, dim=-2).exp(), g.sum(dim=-2).exp()
     if resets is not None:
         scores = scores * resets.pair[:, None]
         read = read * resets.carry[:, None, ..., None]
         write = write * resets.last[:, None, ..., None]
         keep = keep * resets.keep[:, None, :, None]
-    updates = write.transpose(-1, -2) @ v
-    before = []
-    for update, decay in zip(updates.unbind(2), keep.unbind(2), strict=True):
-        before.append(state)
-        state = decay[..., None] * state + update
-    y = scores @ v + read @ torch.stack(before, dim=2)
-    return heads_last(y, length).to(out_dtype), state
-
-
-def _scores(q: Tensor, k: Tensor, g: Tensor, bonus: Tensor | None) -> Tensor:
-    """The causal score matrix inside each chunk, [B H N C C]."""
-    if g.dim() == 5:
-        scores = decayed_scores(q, k, g, before=bonus is not None)
-    elif bonus is None:
-        scores = segsum(g).exp() * (q @ k.transpose(-1, -2))
-    else:
-        scores = decayed_scores(q, k, g[..., None].expand_as(k), before=True)
-    if bonus is None:
-        return scores
-    own = (q * bonus.to(q.dtype)[:, None, None] * k).sum(-1)
-    return scores + torch.diag_embed(own)
+    before, state = _carry(write.transpose(-1, -2) @ v, keep[..., None], state)
+    return heads_last(scores @ v + read @ before, length), state
 
 
 TABLE = (
@@ -98,34 +147,44 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, *
                      backend: str | None = None) -> tuple[Tensor, Tensor]:
     """Linear attention with decay (see the module for the equations).
 
-    q, k [B T H K], v [B T H V], g [B T H] or [B T H K] log decays ``<= 0``, bonus [H K], state [B H K V]
+    q, k [B T H K] or, for groups of heads that share them, [B T G K], v [B T H V], g [B T H] or [B T H K] log decays ``<= 0``, bonus [H K], state [B H K V]
     in fp32 or fp64 (V + 1 columns with ``normalizer``), starts bool [B T]. Returns y [B T H V] in the dtype of v,
     and the final state. ``ValueError`` for shapes or dtypes that do not fit.
     """
     gate = "g B T H" if g is not None and g.dim() == 3 else "g B T H K"
-    batch, time, heads, keys, values = dims(
-        f"q B T H K, k B T H K, v B T H V, {gate}, bonus H K", q, k, v, g, bonus)
+    batch, time, groups, keys, heads, _ = dims(f"q B T G K, k B T G K, v B T H V, {gate}, bonus H K", q, k, v, g, bonus)
     check_starts(starts, batch, time)
+    _check_groups(groups, heads, plain=bonus is None and (g is None or g.dim() == 3))
     if normalizer is not None:
         v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
     if state is None:
         state = q.new_zeros(batch, heads, keys, v.shape[-1], dtype=state_dtype(q))
-    dims("q B T H K, v B T H V, state B H K V", q, v, state)
+    dims("q B T G K, v B T H V, state B H K V", q, v, state)
     inputs = dict(q=q, k=k, v=v, g=g, bonus=bonus, state=state, starts=starts)
     y, state = dispatch.run(TABLE, inputs, backend)
     return (y if normalizer is None else y[..., :-1] / (y[..., -1:] + normalizer)), state
 
 
+def _check_groups(groups: int, heads: int, *, plain: bool) -> None:
+    if groups == heads or (plain and heads % groups == 0):
+        return
+    if plain:
+        raise ValueError(f"q and k have {groups} heads and v has {heads}; expected a divisor of {heads}")
+    raise ValueError(f"q and k have {groups} heads and v has {heads}; with a decay per key or a bonus expected {heads}")
+
+
 def inputs(case: Case) -> dict[str, Tensor | None]:
-    """Random inputs for tests and benchmarks; ``case.variant`` picks the decay: none, head, key or bonus."""
+    """Random inputs for tests and benchmarks; ``case.variant`` picks the decay: none, head, key or bonus;
+    with ``group`` all heads share q and k."""
     shape = (case.batch, case.time, case.heads)
-    q, k = case.randn(*shape, case.keys), case.randn(*shape, case.keys) * case.keys**-0.5
-    gates = {"none": None, "head": shape, "key": (*shape, case.keys), "bonus": (*shape, case.keys)}
+    groups = 1 if case.variant == "group" else case.heads
+    q, k = (case.randn(case.batch, case.time, groups, case.keys) for _ in range(2))
+    gates = {"none": None, "head": shape, "group": shape, "key": (*shape, case.keys), "bonus": (*shape, case.keys)}
     gate = gates[case.variant or "head"]
     return dict(
-        q=q, k=k, v=case.randn(*shape, case.values), g=None if gate is None else case.log_decay(*gate),
+        q=q, k=k * case.keys**-0.5, v=case.randn(*shape, case.values), g=None if gate is None else case.log_decay(*gate),
         bonus=case.randn(case.heads, case.keys) if case.variant == "bonus" else None,
     )
 
 
-VARIANTS = ("none", "head", "key", "bonus")
+VARIANTS = ("none", "head", "group", "key", "bonus")

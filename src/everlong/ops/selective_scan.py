@@ -20,6 +20,7 @@ from ..shapes import check_starts, dims, state_dtype
 from . import dispatch
 from .cases import Case
 from .common import loop
+from .native.selective_scan import refuse, selective_scan_native
 
 SEQUENCE = ("x", "dt", "B", "C")
 CHUNK = 16
@@ -189,6 +190,7 @@ def _backward(ctx: Any, grad_y: Tensor, grad_state: Tensor, _: Tensor) -> tuple[
 _scan.register_autograd(_backward, setup_context=_save)
 
 TABLE = (
+    dispatch.Impl("native", selective_scan_native, refuse),
     dispatch.Impl("torch", selective_scan_chunk),
     dispatch.Impl("reference", selective_scan_reference),
 )

@@ -1,0 +1,134 @@
+"""Mamba (S6, arXiv 2312.00752).   h_t = exp(dt_t A) h_{t-1} + (dt_t x_t) B_t^T,  y_t = h_t C_t + D x_t
+
+Each of the ``expand * D`` channels keeps ``d_state`` numbers; the step dt and the vectors B, C depend on the
+token. Parameters are named as in the official code (``in_proj``, ``conv1d``, ``x_proj``, ``dt_proj``, ``A_log``,
+``D``, ``out_proj``); Jamba's norms as there (``dt_layernorm``, ``b_layernorm``, ``c_layernorm``).
+Paper letters: Delta = dt, N = K = d_state, E = expand.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import suggest
+from ..ops.selective_scan import selective_scan, selective_scan_step
+from ..ops.short_conv import short_conv, short_conv_step
+from ..shapes import state_dtype
+from ..state import state
+from . import base
+
+NORMS = ("none", "rms")
+
+
+class Mamba(base.Mixer):
+    """Selective state space layer of Mamba-1, Jamba and Falcon-Mamba."""
+
+    equation = "h = exp(dt A) h + dt x Bᵀ,  A diagonal per channel"
+    no_decay = ("A_log", "D", "dt_proj.bias")
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(base.Config):
+        """``dt_rank`` None means ceil(D / 16). ``norms="rms"`` normalises dt, B and C with weights, as Jamba does."""
+
+        d_state: int = 16
+        d_conv: int = 4
+        expand: float = 2.0
+        dt_rank: int | None = None
+        dt_min: float = 1e-3
+        dt_max: float = 0.1
+        norms: str = "none"
+        norm_eps: float = 1e-6
+        conv_bias: bool = True
+        bias: bool = False
+
+    @state
+    class State:
+        """What a Mamba layer keeps."""
+
+        conv: Tensor  # [B W-1 C] the last inputs of the convolution
+        memory: Tensor  # [B C K] fp32
+
+    def __init__(self, cfg: Config, d_model: int, depth: base.Depth = base.Depth()) -> None:
+        super().__init__(cfg, d_model, depth)
+        if cfg.norms not in NORMS:
+            raise ValueError(f"norms = {cfg.norms!r} is not a choice{suggest(cfg.norms, NORMS)}")
+        channels = int(cfg.expand * d_model)
+        self.rank = math.ceil(d_model / 16) if cfg.dt_rank is None else cfg.dt_rank
+        self.in_proj = nn.Linear(d_model, 2 * channels, bias=cfg.bias)
+        self.conv1d = nn.Conv1d(channels, channels, cfg.d_conv, groups=channels, bias=cfg.conv_bias)
+        self.x_proj = nn.Linear(channels, self.rank + 2 * cfg.d_state, bias=False)
+        self.dt_proj = nn.Linear(self.rank, channels)
+        self.A_log = nn.Parameter(torch.arange(1.0, cfg.d_state + 1).log().repeat(channels, 1))
+        self.D = nn.Parameter(torch.ones(channels))
+        self.out_proj = nn.Linear(channels, d_model, bias=cfg.bias)
+        widths = (self.rank, cfg.d_state, cfg.d_state)
+        norms = [nn.RMSNorm(n, eps=cfg.norm_eps) if cfg.norms == "rms" else nn.Identity() for n in widths]
+        self.dt_layernorm, self.b_layernorm, self.c_layernorm = norms
+        self._initialize()
+
+    @torch.no_grad()
+    def _initialize(self) -> None:
+        """dt starts log-uniform between dt_min and dt_max; the output shrinks with the number of layers."""
+        self.dt_proj.weight.uniform_(-self.rank**-0.5, self.rank**-0.5)
+        self.dt_proj.bias.copy_(base.dt_bias(len(self.D), self.cfg.dt_min, self.cfg.dt_max))
+        self.out_proj.weight /= math.sqrt(self.depth.total)
+
+    def init_state(self, batch: int) -> State:
+        """Zeros: no inputs yet, no memory."""
+        channels, keys = self.A_log.shape
+        return self.State(
+            conv=torch.zeros(batch, self.cfg.d_conv - 1, channels, **self.factory),
+            memory=torch.zeros(batch, channels, keys, **self.memory_factory),
+        )
+
+    def _filter(self) -> dict[str, Tensor | None]:
+        return {"weight": self.conv1d.weight[:, 0], "bias": self.conv1d.bias}
+
+    def _select(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The inputs of the scan that depend on the token (dt is computed in fp32), and those that do not."""
+        low, B, C = self.x_proj(x).split([self.rank, self.cfg.d_state, self.cfg.d_state], dim=-1)
+        wide = state_dtype(x)
+        steps = F.linear(self.dt_layernorm(low), self.dt_proj.weight).to(wide) + self.dt_proj.bias.to(wide)
+        tokens = {"x": x, "dt": F.softplus(steps), "B": self.b_layernorm(B), "C": self.c_layernorm(C)}
+        return tokens, {"A": -self.A_log.to(wide).exp(), "D": self.D}
+
+    def forward(self, x: Tensor, state: Any = None, *, starts: Tensor | None = None) -> tuple[Tensor, State]:
+        """x [B T D] -> y [B T D], state."""
+        state = self.begin(x, state, starts)
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        x, conv = short_conv(x, **self._filter(), state=state.conv, starts=starts)
+        tokens, fixed = self._select(F.silu(x))
+        y, memory = selective_scan(**tokens, **fixed, state=state.memory, starts=starts)
+        return self.out_proj(y * F.silu(z)), self.State(conv=conv, memory=memory)
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """x [B D] -> y [B D], state."""
+        state = self.begin(x, state)
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        x, conv = short_conv_step(x, **self._filter(), state=state.conv)
+        tokens, fixed = self._select(F.silu(x))
+        y, memory = selective_scan_step(**tokens, **fixed, state=state.memory)
+        return self.out_proj(y * F.silu(z)), self.State(conv=conv, memory=memory)
+
+    def mixing(self, x: Tensor) -> base.Mixing:
+        """See ``base.Mixer.mixing``; one matrix per channel, values of width 1 after convolution and SiLU."""
+        batch, time = x.shape[:2]
+        x = self.in_proj(x).chunk(2, dim=-1)[0]
+        tokens, fixed = self._select(F.silu(short_conv(x, **self._filter())[0]))
+        values, output = tokens["x"], selective_scan(**tokens, **fixed)[0]
+        repeated = {name: tensor.repeat_interleave(time, dim=0) for name, tensor in tokens.items()}
+        impulses = torch.eye(time, dtype=x.dtype, device=x.device).repeat(batch, 1)[..., None].expand_as(repeated["x"])
+        responses, _ = selective_scan(**{**repeated, "x": impulses}, **fixed)  # row b*T + j: to an impulse at j
+        matrix = responses.unflatten(0, (batch, time)).permute(0, 3, 2, 1)
+        return base.Mixing(matrix, values[..., None], output[..., None])
+
+    @classmethod
+    def examples(cls) -> dict[str, Any]:
+        """The paper's layer, and Jamba's."""
+        return {"default": cls.Config(), "jamba": cls.Config(norms="rms", d_conv=3, d_state=8)}
