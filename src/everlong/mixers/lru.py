@@ -1,4 +1,4 @@
-"""Linear recurrent unit (LRU, arXiv 2303.06349, sec. 3).   h_t = lambda h_{t-1} + gamma (B u_t),  y_t = Re(C h_t) + D u_t
+"""Linear recurrent unit (LRU, arXiv 2303.06349).   h_t = lambda h_{t-1} + gamma (B u_t),   y_t = Re(C h_t) + D u_t
 
 Paper letters: lambda = exp(-exp(nu) + i exp(theta)), one complex number per state, and gamma = exp(gamma_log), which
 starts at sqrt(1 - |lambda|^2). As in the paper's block the output goes through GELU and a GLU; the norm and the
