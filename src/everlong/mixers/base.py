@@ -17,7 +17,17 @@ from torch import Tensor, nn
 from .. import config, shapes
 from .. import state as states
 
-__all__ = ["Config", "Depth", "Memory", "Mixer", "Mixing", "block_diagonal", "dt_bias", "identity_values", "split_heads"]
+__all__ = [
+    "Config",
+    "Depth",
+    "Memory",
+    "Mixer",
+    "Mixing",
+    "block_diagonal",
+    "dt_bias",
+    "identity_values",
+    "split_heads",
+]
 
 Memory = Literal["none", "constant", "window", "linear"]
 
@@ -165,7 +175,7 @@ def block_diagonal(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def dt_bias(count: int, low: float, high: float, floor: float = 1e-4) -> Tensor:
-    """Biases [count] such that dt = softplus(bias) is log-uniform between ``low`` and ``high`` (Mamba), at least ``floor``."""
+    """Biases [count] such that dt = softplus(bias) is log-uniform between ``low`` and ``high``, at least ``floor``."""
     if not 0 < low <= high:
         raise ValueError(f"dt_min = {low} and dt_max = {high}, expected 0 < dt_min <= dt_max")
     dt = torch.empty(count).uniform_(math.log(low), math.log(high)).exp().clamp_min(floor)

@@ -143,3 +143,8 @@ def decayed_scores(q: Tensor, k: Tensor, g: Tensor, *, before: bool = False) -> 
     if before:
         return decay_pairs(q, k, decay, torch.zeros_like(q[..., 0])).scores
     return decay_pairs(q * decay, k, decay, (q * k).sum(-1)).scores
+
+
+def log_sigmoid(x: Tensor) -> Tensor:
+    """log sigmoid(x), by softplus: ``F.logsigmoid`` wakes all threads for a handful of numbers, once per token."""
+    return F.softplus(x, beta=-1, threshold=50)
