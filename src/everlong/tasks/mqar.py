@@ -10,23 +10,16 @@ of V/2 .. V - 1; the rest is filled with random tokens, or zeros.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import config
+from ..train.data import Batch
 
 IGNORED = -100
 _STREAM = 0x4D514152  # keeps these random numbers apart from those of other uses of the same seed
-
-
-class Batch(NamedTuple):
-    """Tokens [B T] int64, targets [B T] int64 (-100 = not counted), starts [B T] bool."""
-
-    tokens: Tensor
-    targets: Tensor
-    starts: Tensor
 
 
 class MQAR:
@@ -63,6 +56,16 @@ class MQAR:
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+        return self.cfg.vocab_size
+
+    @property
+    def fingerprint(self) -> str:
+        """A short text that another task does not have."""
+        return config.dumps(self.cfg)
 
     def batch(self, step: int, cfg: Any) -> Batch:
         """Batch ``step`` for training with ``cfg`` (its ``batch`` and ``seed`` are used): [batch length]."""

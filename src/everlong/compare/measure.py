@@ -1,0 +1,132 @@
+"""What a trained model is worth: bits per byte of held-out text, by position and by length, and recall of pairs.
+
+**Held-out text.** ``Runs`` are stretches of 8 training contexts, inside single documents where there are such long ones.
+- ``bits_per_byte``: every run is cut into windows of the training context, each read from an empty state. All models
+  predict the same bytes from the same context, which is the one they were trained on.
+- ``by_position``: the same windows up to the training context; beyond it, whole runs read as one stream with the state
+  carried from piece to piece, as a model reads a long text. Positions count the tokens read, in buckets of sqrt 2.
+- ``by_length``: always the same bytes, those of the last half context of each run. Length L means that the model began
+  with an empty state L tokens before the end of the run, so only the text before those bytes grows.
+"""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..models.lm import LanguageModel
+from ..tasks.mqar import IGNORED, MQAR
+from ..train.data import Batch, Corpus
+
+LENGTHS = (1, 2, 4, 8)  # times the training context
+ROWS = 32  # windows read at once
+TEST_SEED = 1 << 40  # keeps test sequences apart from those of training
+
+
+class Runs(NamedTuple):
+    """Held-out text to be measured on: ``batch`` [N factor*context], and bits per nat (per byte)."""
+
+    batch: Batch
+    factor: int
+    context: int
+    scale: float
+
+
+def held_out_runs(corpus: Corpus, context: int, count: int, seed: int = 0) -> Runs:
+    """At most ``count`` stretches that do not overlap, of 8 contexts, or of fewer where the text is that short.
+
+    ``ValueError`` for a text shorter than one context.
+    """
+    factor = next((f for f in reversed(LENGTHS) if f * context < len(corpus)), 1)
+    offsets = _inside_documents(corpus, factor * context)
+    if not len(offsets):
+        offsets = torch.arange(corpus.windows(factor * context)) * factor * context
+    chosen = torch.randperm(len(offsets), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    batch = corpus.rows(offsets[chosen], factor * context)
+    return Runs(batch, factor, context, corpus.tokens_per_byte / math.log(2))
+
+
+def _inside_documents(corpus: Corpus, length: int) -> Tensor:
+    """Offsets of the stretches of ``length`` tokens (and one target) that lie inside one document."""
+    begins, sizes = corpus.offsets[:-1].tolist(), corpus.offsets.diff().tolist()
+    return torch.tensor([
+        begin + index * length for begin, size in zip(begins, sizes, strict=True) for index in range((size - 1) // length)
+    ], dtype=torch.int64)
+
+
+@torch.no_grad()
+def losses(model: LanguageModel, batch: Batch, piece: int) -> Tensor:
+    """Nats of every target [B T], read as a stream: in pieces, from an empty state, with the state carried on."""
+    state, found = None, []
+    for begin in range(0, batch.tokens.shape[1], piece):
+        part = slice(begin, begin + piece)
+        hidden, state = model.hidden(batch.tokens[:, part], state, starts=_starts(batch, part))
+        logits = model.logits(hidden).float()
+        found.append(F.cross_entropy(logits.transpose(1, 2), batch.targets[:, part], reduction="none"))
+    return torch.cat(found, dim=1)
+
+
+def _starts(batch: Batch, part: slice) -> Tensor | None:
+    """The starts of a piece, or None where there are none; a start at the very first token changes nothing."""
+    if batch.starts is None:
+        return None
+    starts = batch.starts[:, part]
+    return starts if bool(starts[:, 0 if part.start else 1 :].any()) else None
+
+
+def _losses(model: LanguageModel, batch: Batch, piece: int) -> Tensor:
+    """``losses`` of many rows, some at a time."""
+    rows = max(1, ROWS * piece // batch.tokens.shape[1])
+    parts = zip(*(tensor.split(max(rows, 8)) for tensor in batch), strict=True)
+    return torch.cat([losses(model, Batch(*part), piece) for part in parts])
+
+
+def text(model: LanguageModel, runs: Runs) -> dict[str, Any]:
+    """``bits_per_byte``, ``by_position`` and ``by_length`` (see the module)."""
+    context, length = runs.context, runs.factor * runs.context
+    windows = _losses(model, Batch(*(tensor.unflatten(1, (-1, context)).flatten(0, 1) for tensor in runs.batch)), context)
+    windows = windows.view(-1, length)
+    means, last = {1: windows[:, -(context // 2) :].mean()}, windows[:, :context]
+    for factor in (f for f in LENGTHS if 1 < f <= runs.factor):
+        ends = Batch(*(tensor[:, -factor * context :].contiguous() for tensor in runs.batch))
+        last = _losses(model, ends, context)
+        means[factor] = last[:, -(context // 2) :].mean()
+    by_place = torch.cat([windows.view(-1, context).mean(0), last.mean(0)[context:]])
+    return {
+        "bits_per_byte": float(windows.mean()) * runs.scale,
+        "by_position": [[place, value * runs.scale] for place, value in _buckets(by_place)],
+        "by_length": [[factor * context, float(mean) * runs.scale] for factor, mean in means.items()],
+    }
+
+
+def _buckets(values: Tensor) -> list[tuple[int, float]]:
+    """Means of ``values [T]`` over buckets that grow by sqrt 2, each at its middle (counted from 1)."""
+    edges = sorted({min(round(2 ** (k / 2)), len(values) + 1) for k in range(2 * len(values).bit_length() + 2)})
+    return [
+        (round(math.sqrt(low * (high - 1))), float(values[low - 1 : high - 1].mean()))
+        for low, high in zip(edges, edges[1:], strict=False)
+    ]
+
+
+def recall_accuracy(model: LanguageModel, task: MQAR.Config, sequences: int, seed: int) -> float:
+    """The share of queries answered right, over ``sequences`` sequences that training has not seen."""
+    made, right, asked, step = task.build(), 0, 0, 0
+    wanted = SimpleNamespace(batch=min(sequences, max(8, 2**15 // task.length)), seed=seed + TEST_SEED)
+    while step * wanted.batch < sequences:
+        tokens, targets, _ = made.batch(step, wanted)
+        with torch.no_grad():
+            hidden, _ = model.hidden(tokens)
+            counted = targets != IGNORED
+            answers = model.logits(hidden[counted]).argmax(dim=-1)
+        right, asked, step = right + int((answers == targets[counted]).sum()), asked + int(counted.sum()), step + 1
+    return right / asked
+
+
+def chance(task: MQAR.Config) -> float:
+    """The accuracy of guessing a value."""
+    return 2 / task.vocab_size

@@ -1,0 +1,117 @@
+"""What a comparison does and how long it takes: every number in one place, and the machine it runs on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__, config
+from ..tasks.mqar import MQAR
+from ..train.loop import Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recall(config.Config):
+    """Recall: a small model of each architecture learns MQAR on a mix of few ``pairs`` and is tested on ``tests``."""
+
+    params: int = 100_000
+    vocab_size: int = 130
+    length: int = 32
+    pairs: tuple[int, ...] = (1, 2, 4, 8)
+    tokens: int = 800_000
+    batch: int = 32
+    lr: float = 6e-3
+    tests: tuple[int, ...] = (4, 8, 16, 32)
+    sequences: int = 256
+
+    def task(self) -> MQAR.Config:
+        """What is learnt."""
+        return MQAR.Config(vocab_size=self.vocab_size, length=self.length, pairs=self.pairs, random_non_queries=False)
+
+    def test(self, pairs: int) -> MQAR.Config:
+        """What is asked: ``pairs`` pairs, in a longer sequence where they need one."""
+        return self.task().replace(pairs=(pairs,), length=max(self.length, 4 * pairs))
+
+    def training(self, seed: int) -> Trainer.Config:
+        """How it is learnt."""
+        return Trainer.Config(
+            tokens=self.tokens, context=self.length, batch=self.batch, lr=self.lr, seed=seed, save_every=0
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(config.Config):
+    """One comparison. The defaults are the full run; ``quick()`` is the short one.
+
+    ``params`` of every model within 5 %; ``tokens`` of training, in batches of ``batch`` rows of ``context`` tokens;
+    ``held_out`` is a share of the text, of which at most ``runs`` stretches are measured on; a prompt of each of
+    ``lengths`` is read (ascending), for about ``seconds`` each; ``decode_steps`` tokens are timed after it.
+    """
+
+    params: int = 500_000
+    tokens: int = 600_000
+    context: int = 256
+    batch: int = 8
+    lr: float = 3e-3
+    seed: int = 0
+    quick: bool = False
+    held_out: float = 0.02
+    runs: int = 24
+    lengths: tuple[int, ...] = (256, 1024, 4096, 16384)
+    seconds: float = 0.6
+    decode_steps: int = 150
+    sample_tokens: int = 160
+    recall: Recall = field(default_factory=Recall)
+
+    def training(self) -> Trainer.Config:
+        """How every model learns the text."""
+        return Trainer.Config(
+            tokens=self.tokens, context=self.context, batch=self.batch, lr=self.lr, seed=self.seed, save_every=50
+        )
+
+    @property
+    def optimizer(self) -> str:
+        """The optimiser in a line."""
+        cfg = self.training()
+        return (
+            f"AdamW, lr {cfg.lr:g}, betas {cfg.betas[0]:g} and {cfg.betas[1]:g}, weight decay {cfg.weight_decay:g}, "
+            f"warm-up {cfg.warmup:.0%} then cosine, clipped at {cfg.clip:g}"
+        )
+
+
+def quick() -> Settings:
+    """A run of one to two minutes: it shows that everything works and the rough order, no more."""
+    return Settings(
+        params=150_000, tokens=200_000, quick=True, runs=8, lengths=(256, 1024, 4096), seconds=0.25, decode_steps=60,
+        sample_tokens=100, recall=Recall(params=60_000, tokens=150_000, sequences=96),
+    )
+
+
+def machine() -> dict[str, Any]:
+    """The machine and the versions, for the report."""
+    return {
+        "cpu": _cpu(), "cores": os.cpu_count() or 1, "threads": torch.get_num_threads(), "memory_gib": _memory(),
+        "system": f"{platform.system()} {platform.release()}", "python": platform.python_version(),
+        "torch": torch.__version__, "everlong": __version__,
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine() or "unknown"
+
+
+def _memory() -> float | None:
+    try:
+        return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
+    except (AttributeError, ValueError, OSError):
+        return None
