@@ -19,6 +19,46 @@ app = typer.Typer(
 
 
 @app.command()
+def compare(
+    paths: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    data: Annotated[list[str] | None, typer.Option(metavar="PATH...", help="Text files, folders or globs; without it, "
+                                                   "the sources of Python's standard library.")] = None,
+    mixers: Annotated[str, typer.Option(help="Architectures, separated by commas: the default ones, any name from "
+                                        "`everlong list`, dotted paths of your own.",
+                                        )] = "attention,mamba,mamba2,rwkv7,griffin,jamba",
+    params: Annotated[int | None, typer.Option(help="Parameters of every model, within 5 %.",
+                                               show_default="500,000")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens that every model is trained on.",
+                                               show_default="chosen for a run of some 5 minutes")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the results.", show_default="runs/compare")] = None,
+    seed: Annotated[int, typer.Option(help="Of initial values, order of the text, and samples.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="About a minute: small models, hardly trained.")] = False,
+) -> None:
+    """Train architectures on the same text and compare what they learn, recall and cost.
+
+    Writes OUT/results.json, OUT/report.html (opens offline) and a folder for each model. Ctrl-C reports what there is;
+    the same command again goes on.
+
+    [bold]Examples[/]\n
+      everlong compare   [dim](six architectures, some 5 minutes on two cores)[/]\n
+      everlong compare --quick --mixers attention,mamba2\n
+      everlong compare --data ~/notes book.txt --params 2000000 --tokens 5000000 --out runs/notes\n
+      everlong compare --mixers mamba2,my_package.my_mixer --out runs/mine\n
+      everlong generate runs/compare/mamba2 "def read_csv("   [dim](writes on with one of the models)[/]
+    """
+    from .compare.run import compare as run
+    from .compare.settings import profile
+
+    text = [*(data or []), *(paths or [])]
+    if paths and not data:
+        raise ValueError(f"unexpected {paths[0]!r}; name text with --data, as in --data {paths[0]}")
+    names = [name.strip() for name in mixers.split(",") if name.strip()]
+    settings = profile(quick, seed=seed, params=params, tokens=tokens)
+    if not run(out, names=names, data=text or None, settings=settings, command=_typed()):
+        sys.exit(130)
+
+
+@app.command()
 def generate(
     model: Annotated[Path, typer.Argument(help="Folder of a model, as written by compare, train or everlong.save.")],
     prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.")] = "-",
@@ -122,6 +162,13 @@ def check(
 
     if not check_mixer(mixer):
         sys.exit(1)
+
+
+def _typed() -> str:
+    """The command as it was typed, for reports."""
+    import shlex
+
+    return shlex.join(["everlong", *sys.argv[1:]])
 
 
 def main() -> None:

@@ -233,10 +233,10 @@ def _expand(path: Path) -> Iterator[tuple[Path, bool]]:
         raise ValueError(f"no such file or folder: {path}")
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """The files below a folder, in order, hidden ones left out."""
+def _walk(folder: Path, without: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """The files below a folder, in order; hidden ones and the folders called ``without`` are left out."""
     for here, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in without)
         yield from (Path(here, name) for name in sorted(files) if not name.startswith("."))
 
 
@@ -270,7 +270,7 @@ def default_paths() -> list[Path]:
     ``ValueError`` where this Python comes without its sources.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    found = [path for path in sorted(root.rglob("*.py")) if not _SKIPPED_FOLDERS & set(path.relative_to(root).parts)]
+    found = [path for path in _walk(root, _SKIPPED_FOLDERS) if path.suffix == ".py"]
     if not found:
         raise ValueError(f"this Python has no sources of its standard library in {root}; give files or folders of text")
     return found

@@ -12,6 +12,7 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,16 +135,18 @@ class Trainer:
         training = self.model.training
         self.model.train()
         try:
-            with self._own_randomness(), self._metrics() as write, _ctrl_c() as asked_to_stop:
+            with self._own_randomness(), self._metrics() as write, _ctrl_c() as asked_to_stop, _mixed_norms():
                 while self.step < self.cfg.steps:
                     self.curve.append(self._advance())
-                    write(self.curve[-1])
-                    if asked_to_stop() or self._due():
-                        self.save()
+                    with self._explained():
+                        write(self.curve[-1])
+                        if self._due():
+                            self.save()
                     if on_step is not None:
                         on_step(self.curve[-1])
                     if asked_to_stop() and self.step < self.cfg.steps:
-                        self.save()
+                        with self._explained():
+                            self.save()
                         raise Stopped(self._how_to_go_on(), self.curve)
         finally:
             self.model.train(training)
@@ -169,8 +172,21 @@ class Trainer:
             yield lambda progress: None
             return
         atomic_write(self.folder / METRICS, "".join(map(_line, self.curve)))
-        with (self.folder / METRICS).open("a", encoding="utf-8", buffering=1) as file:
-            yield lambda progress: file.write(_line(progress))
+        with (self.folder / METRICS).open("ab", buffering=0) as file:
+            yield lambda progress: file.write(_line(progress).encode())
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """An error of the disk says what is kept and what to do."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                error.errno, f"step {self.step}: {error.strerror or error}; {self._kept()}. Make room and run it again"
+            ) from error
+
+    def _kept(self) -> str:
+        return "there is no checkpoint yet" if self.saved is None else f"the checkpoint of step {self.saved} is intact"
 
     def _advance(self) -> Progress:
         began = time.perf_counter()
@@ -220,8 +236,7 @@ class Trainer:
         advice = f"try a lower lr ({lower:.1e}), a longer warmup, or a smaller clip"
         if bad is not None and self.step == 0:
             advice = "the model was not finite before training; load or build it again"
-        kept = "nothing was saved yet" if self.saved is None else f"the checkpoint of step {self.saved} is intact"
-        return f"step {self.step + 1} of {self.cfg.steps}: {what}; {kept}. To go on, {advice}, in a new folder"
+        return f"step {self.step + 1} of {self.cfg.steps}: {what}; {self._kept()}. To go on, {advice}, in a new folder"
 
     def _how_to_go_on(self) -> str:
         done = f"stopped after step {self.step} of {self.cfg.steps}"
@@ -241,12 +256,7 @@ class Trainer:
             return
         history = torch.tensor([(p.loss, p.tokens_per_second, p.seconds) for p in self.curve], dtype=torch.float64)
         tensors = checkpoint.collect(self.model, self.optimizer, history)
-        try:
-            checkpoint.save(self.folder / checkpoint.FILE, tensors, self._described())
-        except OSError as error:
-            kept = "no checkpoint yet" if self.saved is None else f"the checkpoint of step {self.saved} is intact"
-            raise OSError(error.errno, f"step {self.step}: {error.strerror} ({kept}); make room and run it again"
-                          ) from error
+        checkpoint.save(self.folder / checkpoint.FILE, tensors, self._described())
         self.saved = self.step
 
     def resume(self) -> int:
@@ -280,6 +290,14 @@ class Trainer:
 
 def _line(progress: Progress) -> str:
     return json.dumps(progress._asdict()) + "\n"
+
+
+@contextlib.contextmanager
+def _mixed_norms() -> Iterator[None]:
+    """Under autocast norms get bf16 inputs and fp32 weights, which is meant; PyTorch warns that this is not fused."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+        yield
 
 
 @contextlib.contextmanager

@@ -58,7 +58,7 @@ def _introduce(console: Console, trainer: Trainer) -> None:
     console.print(f"text    {len(text):,} tokens in {text.documents:,} documents"
                   + (f" [yellow](files left out: {skipped})[/]" if skipped else ""))
     going_on = f" [yellow](going on after step {trainer.step:,})[/]" if trainer.step else ""
-    console.print(f"folder  {escape(str(trainer.folder))}{going_on}")
+    console.print(f"folder  {escape(str(trainer.folder))}{going_on}", soft_wrap=True)
 
 
 def train(job: jobs.Job, folder: Path, device: str = "auto") -> jobs.Result:
@@ -76,14 +76,16 @@ def train(job: jobs.Job, folder: Path, device: str = "auto") -> jobs.Result:
         result = jobs.train(job, folder, on_step=display.update, on_ready=ready, device=device)
     except Stopped as stopped:
         display.bar.stop()
-        console.print(f"[yellow]{escape(str(stopped))}.[/]\nGo on with:  everlong train --resume {_quoted(folder)}")
+        console.print(f"[yellow]{escape(str(stopped))}[/]\nGo on with:  everlong train --resume {_quoted(folder)}", soft_wrap=True)
         raise typer.Exit(130) from None
     finally:
-        display.bar.stop()
+        if display.bar.live.is_started:
+            display.bar.stop()
     seconds = result.curve[-1].seconds
     console.print(f"[green]done[/] in {seconds:,.0f} s: {result.bits_per_byte:.3f} bits per byte on held-out text "
                   f"(loss {result.loss:.3f} nats per token)")
-    console.print(f"Continue a text:  everlong generate {_quoted(folder)} {escape(shlex.quote(result.opening))}")
+    console.print(f"Continue a text:  everlong generate {_quoted(folder)} {escape(shlex.quote(result.opening))}",
+                  soft_wrap=True)
     return result
 
 
