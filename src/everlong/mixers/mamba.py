@@ -87,10 +87,10 @@ class Mamba(base.Mixer):
             memory=torch.zeros(batch, channels, keys, **self.memory_factory),
         )
 
-    def _filter(self) -> dict[str, Tensor | None]:
+    def _filter(self) -> dict[str, Any]:
         return {"weight": self.conv1d.weight[:, 0], "bias": self.conv1d.bias}
 
-    def _select(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _select(self, x: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
         """The inputs of the scan that depend on the token (dt is computed in fp32), and those that do not."""
         low, B, C = self.x_proj(x).split([self.rank, self.cfg.d_state, self.cfg.d_state], dim=-1)
         wide = state_dtype(x)

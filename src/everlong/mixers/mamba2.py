@@ -91,7 +91,7 @@ class Mamba2(base.Mixer):
             memory=torch.zeros(batch, self.n_heads, cfg.d_state, cfg.head_dim, **self.memory_factory),
         )
 
-    def _filter(self) -> dict[str, Tensor | None]:
+    def _filter(self) -> dict[str, Any]:
         return {"weight": self.conv1d.weight[:, 0], "bias": self.conv1d.bias}
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,7 +134,7 @@ class Mamba2(base.Mixer):
         """See ``base.Mixer.mixing``; one matrix per head, values after convolution and SiLU, before dt."""
         _, mixed, dt = self._project(x)
         x, (q, k, v, g) = self._heads(short_conv(mixed, **self._filter())[0], dt)
-        eye = base.identity_values(*v.shape[:3], like=v)
+        eye = base.identity_values(v.shape[0], v.shape[1], v.shape[2], v)
         matrix, _ = linear_attention(q, k, eye * dt[..., None].to(eye.dtype), g)
         skip = self.D[:, None]
         return base.Mixing((matrix + skip * eye).transpose(1, 2), x, linear_attention(q, k, v, g)[0] + skip * x)

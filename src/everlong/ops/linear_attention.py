@@ -2,8 +2,8 @@
 
 The decay ``g <= 0`` is absent, per head ``[B T H]`` or per key channel ``[B T H K]``. With ``bonus`` u
 ``[H K]`` the current token is read with its own weight: ``y_t = (S_{t-1} + diag(u) k_t v_t^T)^T q_t``
-(RWKV-5/6). Groups of heads may share q and k ``[B T G K]`` (Mamba-2). With ``normalizer`` eps, ``y_t`` is divided by ``q_t . z_t + eps``, where z accumulates k as
-S does k v^T; the state then has one more column, z.
+(RWKV-5/6). With ``normalizer`` eps, ``y_t`` is divided by ``q_t . z_t + eps``, where z accumulates k as
+S does k v^T; the state then has one more column, z. Groups of heads may share q and k, ``[B T G K]``.
 
 Serves linear attention (Katharopoulos et al. 2020), RetNet, GLA, Mamba-2 (k = B, v = dt x, q = C), mLSTM.
 Sources: arXiv 2006.16236 eq. 16-20; arXiv 2312.06635 sec. 4; arXiv 2405.21060 sec. 6.
@@ -147,9 +147,10 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, *
                      backend: str | None = None) -> tuple[Tensor, Tensor]:
     """Linear attention with decay (see the module for the equations).
 
-    q, k [B T H K] or, for groups of heads that share them, [B T G K], v [B T H V], g [B T H] or [B T H K] log decays ``<= 0``, bonus [H K], state [B H K V]
-    in fp32 or fp64 (V + 1 columns with ``normalizer``), starts bool [B T]. Returns y [B T H V] in the dtype of v,
-    and the final state. ``ValueError`` for shapes or dtypes that do not fit.
+    q, k [B T H K], v [B T H V], g [B T H] or [B T H K] log decays ``<= 0``, bonus [H K], state [B H K V]
+    in fp32 or fp64 (V + 1 columns with ``normalizer``), starts bool [B T]. Where g has no K axis and there is no
+    bonus, q and k may be [B T G K]: each of the G groups of heads that lie side by side shares one.
+    Returns y [B T H V] in the dtype of v, and the final state. ``ValueError`` for shapes or dtypes that do not fit.
     """
     gate = "g B T H" if g is not None and g.dim() == 3 else "g B T H K"
     batch, time, groups, keys, heads, _ = dims(f"q B T G K, k B T G K, v B T H V, {gate}, bonus H K", q, k, v, g, bonus)
@@ -182,7 +183,8 @@ def inputs(case: Case) -> dict[str, Tensor | None]:
     gates = {"none": None, "head": shape, "group": shape, "key": (*shape, case.keys), "bonus": (*shape, case.keys)}
     gate = gates[case.variant or "head"]
     return dict(
-        q=q, k=k * case.keys**-0.5, v=case.randn(*shape, case.values), g=None if gate is None else case.log_decay(*gate),
+        q=q, k=k * case.keys**-0.5, v=case.randn(*shape, case.values),
+        g=None if gate is None else case.log_decay(*gate),
         bonus=case.randn(case.heads, case.keys) if case.variant == "bonus" else None,
     )
 

@@ -1,7 +1,7 @@
 """Selective scan (Mamba-1):  h_t = exp(dt_t A) h_{t-1} + (dt_t x_t) B_t^T,   y_t = h_t C_t (+ D x_t)   per channel.
 
-``x, dt [B T C]`` with ``dt > 0`` (after softplus), ``A [C K] <= 0``, ``B, C [B T K]`` shared by all channels, ``D [C]``.
-The state h is ``[B C K]``. B is discretised as ``dt B`` (Euler), as published weights expect, not by the
+``x, dt [B T C]`` with ``dt > 0`` (after softplus), ``A [C K] <= 0``, ``D [C]``; ``B, C [B T K]`` are shared by all
+channels. The state h is ``[B C K]``. B is discretised as ``dt B`` (Euler), as published weights expect, not by the
 zero-order hold of the paper's text. Source: arXiv 2312.00752, sec. 3.2-3.3 and algorithm 2.
 
 The chunk form keeps h of one chunk at a time. Its backward pass computes h again from the states at the
@@ -218,12 +218,12 @@ def inputs(case: Case) -> dict[str, Tensor | None]:
     """Random inputs for tests and benchmarks: ``heads * values`` channels, with and without D; ``dt A`` is the gate."""
     channels = case.heads * case.values
     tokens = (case.batch, case.time)
-    dt = -case.log_decay(*tokens, channels) if case.gate is None else torch.full((*tokens, channels), 0.5).to(case.dtype)
-    A = -torch.rand(channels, case.keys, dtype=case.dtype) if case.gate is None else None
+    dt, A = -case.log_decay(*tokens, channels), -torch.rand(channels, case.keys, dtype=case.dtype)
+    if case.gate is not None:
+        dt, A = torch.full_like(dt, 0.5), torch.full_like(A, 2 * case.gate)
     return dict(
         x=case.randn(*tokens, channels), dt=dt, B=case.randn(*tokens, case.keys), C=case.randn(*tokens, case.keys),
-        A=2 * case.log_decay(channels, case.keys) if A is None else A,
-        D=case.randn(channels) if case.variant == "D" else None,
+        A=A, D=case.randn(channels) if case.variant == "D" else None,
     )
 
 
