@@ -20,7 +20,7 @@ from ..files import atomic_write
 from ..models.generate import Sampling, generate
 from ..models.lm import LanguageModel
 from ..report.html import write_report
-from ..report.terminal import Board
+from ..report.terminal import Board, summary
 from ..tokenizer import ByteTokenizer
 from ..train.checkpoint import FILE, differences
 from ..train.data import Corpus, default_paths
@@ -223,6 +223,21 @@ class Comparison:
     def _prompt(self) -> torch.Tensor:
         """Held-out text [1 T]."""
         return self.runs.batch.tokens.flatten()[None]
+
+
+def compare(out: str | Path | None = None, *, names: Sequence[str] = DEFAULT,
+            data: Sequence[str | Path] | None = None, settings: Settings = Settings(), command: str = "") -> bool:
+    """Run a comparison (see ``Comparison``), print its summary, and say whether it is complete.
+
+    ``out`` None is ``runs/compare``, or ``runs/quick`` for quick settings.
+    """
+    folder = Path(out) if out is not None else Path("runs", "quick" if settings.quick else "compare")
+    console = Console()
+    comparison = Comparison(folder, names=names, data=data, settings=settings, command=command, console=console)
+    results = comparison.run()
+    console.print()
+    summary(results, folder / REPORT, console)
+    return results["complete"]
 
 
 def _checked(names: Sequence[str]) -> tuple[str, ...]:

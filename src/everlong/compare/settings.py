@@ -92,6 +92,15 @@ def quick() -> Settings:
     )
 
 
+def profile(short: bool, *, seed: int = 0, params: int | None = None, tokens: int | None = None) -> Settings:
+    """The full or the short settings with some of them chosen. ``ValueError`` for numbers below 1."""
+    chosen = quick() if short else Settings()
+    for name, value in (("params", params), ("tokens", tokens)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    return chosen.replace(seed=seed, params=params or chosen.params, tokens=tokens or chosen.tokens)
+
+
 def machine() -> dict[str, Any]:
     """The machine and the versions, for the report."""
     return {
