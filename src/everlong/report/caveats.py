@@ -36,14 +36,17 @@ def _tiny(results: Results) -> str:
     tokens = number(settings.get("train_tokens"))
     text = "The models are tiny"
     if params:
-        low, high = min(params) / 1e6, max(params) / 1e6
-        span = f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
-        text += f" ({span} million parameters)"
+        text += f" ({_span([count / 1e6 for count in params], 2)} million parameters)"
     text += " and hardly trained"
     if seconds:
-        text += f" ({min(seconds):.0f} to {max(seconds):.0f} seconds each"
-        text += f", {tokens:,.0f} tokens)" if tokens else ")"
+        text += f" ({_span(seconds, 0)} seconds each{f', {tokens:,.0f} tokens' if tokens else ''})"
     return f"{text}: this shows who learns fastest from little, not who ends up best after long training."
+
+
+def _span(values: Sequence[float], digits: int) -> str:
+    """``"33 to 80"``, or one number where both ends read alike."""
+    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _luck(results: Results) -> str:

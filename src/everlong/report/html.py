@@ -118,8 +118,9 @@ def _page(results: Results) -> dict[str, Any]:
         "looks": looks(results),
         "names": {model["name"]: title(model) for model in models(results)},
         "findings": found,
-        "reasons": [finding for finding in found if finding["kind"] != "missing"],
-        "missing": [finding["need"] for finding in found if finding["kind"] == "missing"],
+        "reasons": [finding for finding in found if finding["kind"] not in ("missing", "only")],
+        "lonely": [finding["need"] for finding in found if finding["kind"] == "only"],
+        "missing": [f["need"] for f in found if f["kind"] == "missing" and f["key"] != "all_round"],
         "caveats": caveats(results),
         "columns": _columns(results),
         "rows": _rows(results),
@@ -134,6 +135,8 @@ _WORDS = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", 
 
 def _heading(results: Results) -> str:
     count = len(models(results))
+    if not count:
+        return "Nothing compared yet"
     word = _WORDS[count] if count < len(_WORDS) else str(count)
     return f"{word} architecture{'s' if count != 1 else ''}, one text, equal terms"
 

@@ -85,16 +85,19 @@
     const colours = ink(dark);
     const bars = plot.series.some((series) => series.mode === "bar");
     const made = {
-      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 8, r: 24, t: 10, b: 8 },
+      paper_bgcolor: colours.page, plot_bgcolor: colours.page, margin: { l: 8, r: 24, t: 10, b: 8 },
       font: { family: getComputedStyle(document.body).fontFamily, size: 12.5, color: colours.text },
-      hovermode: bars ? "closest" : "x unified", dragmode: coarse ? false : "zoom", showlegend: false,
+      hovermode: bars ? "closest" : "x unified", hoverdistance: 60, dragmode: coarse ? false : "zoom", showlegend: false,
       hoverlabel: { bgcolor: colours.hover, bordercolor: colours.axis, font: { color: dark ? "#e8ebef" : "#171b21", size: 12.5 } },
       xaxis: axis(plot.x, colours), yaxis: axis(plot.y, colours),
       modebar: { bgcolor: "rgba(0,0,0,0)", color: colours.axis, activecolor: colours.text },
       shapes: [], annotations: [],
     };
     if (bars) Object.assign(made.yaxis, { showgrid: false });
-    else Object.assign(made.xaxis, { showgrid: false, showline: true, hoverformat: ",.6~g" });
+    else Object.assign(made.xaxis, {
+      showgrid: false, showline: true, hoverformat: ",.6~g", spikecolor: colours.axis, spikethickness: 1, spikedash: "solid",
+      unifiedhovertitle: { text: `%{x} ${plot.key === "recall" ? "pairs" : "tokens"}` },
+    });
     for (const guide of plot.lines || []) {
       made.shapes.push({ type: "line", xref: "paper", x0: 0, x1: 1, y0: guide.y, y1: guide.y, line: { color: colours.text, width: 1.2, dash: "dot" } });
       made.annotations.push({ xref: "paper", x: 0, xanchor: "left", y: guide.y, yanchor: "bottom", text: guide.text, showarrow: false, font: { size: 11.5 } });
