@@ -17,7 +17,7 @@ MODULES = {
     if "TABLE = (" in path.read_text() and path.stem != "dispatch"
 }
 OPS = [(name, variant) for name, module in MODULES.items() for variant in getattr(module, "VARIANTS", (None,))]
-TWINS = [(n, v, row.name) for n, v in OPS for row in MODULES[n].TABLE if row.name != "reference"]
+TWINS = [(n, v, row.name) for n, v in OPS for row in MODULES[n].TABLE if row.name not in ("reference", "native")]
 
 
 def op_of(name):
@@ -57,7 +57,8 @@ def with_gradients(run, inputs, initial):
     outputs = [y, *(leaf for _, leaf, _ in state.leaves(final))]
     torch.manual_seed(5)
     floats = [out for out in outputs if out.requires_grad]
-    loss = sum((out * torch.randn(out.shape, dtype=out.dtype)).real.sum() for out in floats)
+    wide = {True: torch.complex128, False: torch.float64}
+    loss = sum((out * torch.randn(out.shape, dtype=wide[out.is_complex()]).to(out.dtype)).real.sum() for out in floats)
     wanted = {k: x for k, x in inputs.items() if is_tensor(x)}
     wanted |= {f"state {i}": leaf for i, leaf in enumerate(leaves) if leaf.requires_grad}
     grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)

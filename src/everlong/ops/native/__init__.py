@@ -1,0 +1,80 @@
+"""C++ kernels for CPUs, built when the package is installed: AVX-512, AVX2 and portable, chosen at run time.
+
+The libraries use the OpenMP runtime that PyTorch has already loaded, so that one process has one pool of threads.
+``EVERLONG_NATIVE`` names a build ("avx512", "avx2", "portable"), or "off".
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BUILDS = ("avx512", "avx2", "portable")
+FOLDER = Path(__file__).parent
+
+
+def _load() -> ctypes.CDLL | str:
+    """The kernels for this machine, or the reason why there are none."""
+    wanted = os.environ.get("EVERLONG_NATIVE")
+    if wanted == "off":
+        return "switched off by EVERLONG_NATIVE=off"
+    if wanted and wanted not in BUILDS:
+        return f"EVERLONG_NATIVE={wanted} names no build ({', '.join(BUILDS)}, off)"
+    for build in [wanted] if wanted else supported():
+        path = FOLDER / f"_{build}.so"
+        if path.exists():
+            _share_openmp()
+            return ctypes.CDLL(str(path))
+    return "no kernels were built; install with a C++ compiler (g++ or clang++) present"
+
+
+def supported() -> list[str]:
+    """The builds that this machine can run, fastest first."""
+    best = {"AVX512": 0, "AVX2": 1}.get(torch.backends.cpu.get_cpu_capability(), 2)
+    return list(BUILDS[best:])
+
+
+def _share_openmp() -> None:
+    """Make the symbols of PyTorch's OpenMP runtime visible to the kernels, which link to none."""
+    if sys.platform != "linux":
+        return
+    loaded = re.findall(r"/\S*/lib(?:gomp|iomp5|omp)[-.\w]*\.so[.\d]*", Path("/proc/self/maps").read_text())
+    ctypes.CDLL(loaded[0] if loaded else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+
+
+_LIBRARY = _load()
+MISSING = _LIBRARY if isinstance(_LIBRARY, str) else None  # why there are no kernels, or None
+
+
+def refusal(tensors: dict[str, Any]) -> str | None:
+    """Why the kernels cannot take these inputs, or None."""
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            continue
+        if x.device.type != "cpu":
+            return f"{name} is on {x.device.type}, the kernels are for the CPU"
+        if x.is_floating_point() and x.dtype not in (torch.float32, torch.bfloat16):
+            return f"{name} has dtype {str(x.dtype).removeprefix('torch.')}; the kernels take float32 and bfloat16"
+        if x.is_complex():
+            return f"{name} is complex"
+    return MISSING
+
+
+def call(name: str, *args: Tensor | int | None) -> None:
+    """Call a kernel: tensors as pointers (they must be contiguous), None as a null pointer, integers as int64."""
+    assert not isinstance(_LIBRARY, str), _LIBRARY
+    getattr(_LIBRARY, name)(*(_plain(x) for x in args))
+
+
+def _plain(x: Tensor | int | None) -> Any:
+    if isinstance(x, Tensor):
+        assert x.is_contiguous()
+        return ctypes.c_void_p(x.data_ptr())
+    return ctypes.c_void_p(None) if x is None else ctypes.c_int64(x)

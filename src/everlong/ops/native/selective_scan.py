@@ -1,0 +1,92 @@
+"""The selective scan as a native kernel, registered so that autograd and torch.compile see through it."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from . import call, refusal
+
+CHUNK = 32  # tokens between two states kept for the backward pass, as in selective_scan.cpp
+
+
+def refuse(**inputs: Any) -> str | None:
+    """Why the kernel cannot run on these inputs, or None."""
+    if inputs["A"].shape[1] > 256:
+        return f"the kernel keeps at most 256 states a channel, got {inputs['A'].shape[1]}"
+    return refusal(inputs)
+
+
+def _flat(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.to(dtype).contiguous()
+
+
+@torch.library.custom_op("everlong::selective_scan_native", mutates_args=(), device_types="cpu")
+def _forward(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, D: Optional[Tensor], state: Tensor,
+             starts: Optional[Tensor], keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """y, final state, and the states at every 32nd token (none unless ``keep``)."""
+    (batch, time, channels), keys = x.shape, A.shape[1]
+    y, final = torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(state)
+    kept = state.new_empty(batch, -(-time // CHUNK) if keep else 0, channels, keys)
+    call("ev_selective_scan", int(x.dtype == torch.bfloat16), batch, time, channels, keys, x, dt, A, B, C, D, state,
+         starts, y, final, kept if keep else None, torch.get_num_threads())
+    return y, final, kept
+
+
+@_forward.register_fake
+def _(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, D: Optional[Tensor], state: Tensor,
+      starts: Optional[Tensor], keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    chunks = -(-x.shape[1] // CHUNK) if keep else 0
+    return torch.empty_like(x), torch.empty_like(state), state.new_empty(x.shape[0], chunks, *A.shape)
+
+
+@torch.library.custom_op("everlong::selective_scan_native_backward", mutates_args=(), device_types="cpu")
+def _backward(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, D: Optional[Tensor], kept: Tensor,
+              starts: Optional[Tensor], gy: Tensor, gfinal: Tensor) -> list[Tensor]:
+    """Gradients of x, dt, B, C, A, D and the initial state, fp32."""
+    (batch, time, channels), keys = x.shape, A.shape[1]
+    groups = max(1, min(torch.get_num_threads(), channels // 16))
+    gx, gdt = (x.new_empty(x.shape, dtype=torch.float32) for _ in range(2))
+    gB, gC = (A.new_empty(groups, batch, time, keys) for _ in range(2))
+    gA, gD, gstate = A.new_empty(batch, channels, keys), A.new_empty(batch, channels), A.new_empty(gfinal.shape)
+    call("ev_selective_scan_backward", int(x.dtype == torch.bfloat16), batch, time, channels, keys, x, dt, A, B, C, D,
+         kept, starts, gy, gfinal, gx, gdt, gA, gB, gC, gD, gstate, groups, torch.get_num_threads())
+    return [gx, gdt, gB.sum(0), gC.sum(0), gA.sum(0), gD.sum(0), gstate]
+
+
+@_backward.register_fake
+def _(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, D: Optional[Tensor], kept: Tensor,
+      starts: Optional[Tensor], gy: Tensor, gfinal: Tensor) -> list[Tensor]:
+    shapes = (x.shape, x.shape, B.shape, B.shape, A.shape, A.shape[:1], gfinal.shape)
+    return [A.new_empty(shape) for shape in shapes]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, dt, B, C, A, D, _, starts, _ = inputs
+    ctx.save_for_backward(x, dt, B, C, A, D, output[2], starts)
+
+
+def _gradient(ctx: Any, gy: Tensor, gfinal: Tensor, _: Tensor) -> tuple[Optional[Tensor], ...]:
+    x, dt, B, C, A, D, kept, starts = ctx.saved_tensors
+    gy = gy.to(x.dtype).contiguous()
+    gx, gdt, gB, gC, gA, gD, gstate = _backward(x, dt, B, C, A, D, kept, starts, gy, gfinal.contiguous())
+    half = x.dtype
+    return (gx.to(half), gdt.to(half), gB.to(half), gC.to(half), gA, None if D is None else gD, gstate, None, None)
+
+
+_forward.register_autograd(_gradient, setup_context=_setup)
+
+
+def selective_scan_native(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, *, A: Tensor, D: Tensor | None = None,
+                          state: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The kernel, forward and backward. Inputs in bf16 are read as they are where all four are; state is fp32."""
+    inputs = (x, dt, B, C)
+    dtype = torch.bfloat16 if all(i.dtype == torch.bfloat16 for i in inputs) else torch.float32
+    tracked = (*inputs, A, state) if D is None else (*inputs, A, state, D)
+    keep = torch.is_grad_enabled() and any(i.requires_grad for i in tracked)
+    fixed = (_flat(A, torch.float32), _flat(D, torch.float32), _flat(state, torch.float32))
+    y, final, _ = _forward(*(i.to(dtype).contiguous() for i in inputs), *fixed,
+                           None if starts is None else starts.contiguous(), keep)
+    return y.to(x.dtype), final
