@@ -149,7 +149,7 @@ class Mixer(nn.Module):
         return {"default": cls.Config()}
 
 
-def identity_values(batch: int, time: int, heads: int, like: Tensor) -> Tensor:
+def identity_values(batch: int, time: int, heads: int, *, like: Tensor) -> Tensor:
     """Values [B T H T] with ``v_t`` the t-th unit vector: an op linear in v applied to them returns its own matrix."""
     return torch.eye(time, dtype=like.dtype, device=like.device)[None, :, None].expand(batch, time, heads, time)
 

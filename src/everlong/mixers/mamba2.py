@@ -134,7 +134,7 @@ class Mamba2(base.Mixer):
         """See ``base.Mixer.mixing``; one matrix per head, values after convolution and SiLU, before dt."""
         _, mixed, dt = self._project(x)
         x, (q, k, v, g) = self._heads(short_conv(mixed, **self._filter())[0], dt)
-        eye = base.identity_values(v.shape[0], v.shape[1], v.shape[2], v)
+        eye = base.identity_values(*v.shape[:3], like=v)
         matrix, _ = linear_attention(q, k, eye * dt[..., None].to(eye.dtype), g)
         skip = self.D[:, None]
         return base.Mixing((matrix + skip * eye).transpose(1, 2), x, linear_attention(q, k, v, g)[0] + skip * x)

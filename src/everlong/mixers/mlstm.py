@@ -4,7 +4,7 @@ i_t = exp(i~_t) and f_t = sigmoid(f~_t) per head; n_t accumulates k as C does k 
 ``max(|n_t . q_t|, 1)``. Everything is kept divided by exp(m_t), with ``m_t = max(log f_t + m_{t-1}, i~_t)``, which
 makes every exponent <= 0. The block around the cell: x is widened and split in two; one half passes a convolution of
 width 4 and SiLU before it makes q and k, and is added once more after the cell's norm; the other half gates.
-Official code: NX-AI/xlstm, blocks/mlstm. ``norm_weight`` holds what is stored there less one.
+Official code: NX-AI/xlstm, blocks/mlstm. ``norm_weight`` holds what is stored there plus one.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class MLSTM(base.Mixer):
         )
 
     @property
-    def _taps(self) -> dict[str, Tensor | None]:
+    def _taps(self) -> dict[str, Any]:
         return {"weight": self.conv.weight[:, 0], "bias": self.conv.bias}
 
     def _project(self, u: Tensor, mixed: Tensor) -> Parts:

@@ -1,10 +1,10 @@
 """sLSTM, the scalar memory of xLSTM (arXiv 2405.04517).   c_t = f c_{t-1} + i tanh(z),  h_t = o c_t / n_t
 
-n_t = f n_{t-1} + i normalises. Exponential input gates, kept divided by exp(m_t) as ``ops/slstm_scan`` says; R, block-diagonal over the heads, feeds h_{t-1}
-into all four gates. The input gate i and the forget gate f read x after a convolution of width 4 and SiLU, z and o
-read x itself; each head's output is normalised. The feed-forward of the paper's block is a block of its own.
-Official code: NX-AI/xlstm, blocks/slstm (whose ``fgate`` feeds i and whose ``igate`` feeds f); ``norm_weight`` holds
-what is stored there less one.
+n_t = f n_{t-1} + i normalises. Input gates are exponential, and all is kept divided by exp(m_t) as ``ops/slstm_scan``
+says; R, block-diagonal over the heads, feeds h_{t-1} into all four gates. i and f read x after a convolution of width 4
+and SiLU, z and o read x itself; each head's output is normalised. The feed-forward of the paper's block is a block
+of its own. Official code: NX-AI/xlstm, blocks/slstm (whose ``fgate`` feeds i and whose ``igate`` feeds f);
+``norm_weight`` holds what is stored there plus one.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class SLSTM(base.Mixer):
         )
 
     @property
-    def _taps(self) -> dict[str, Tensor | None]:
+    def _taps(self) -> dict[str, Any]:
         return {"weight": self.conv.weight[:, 0], "bias": self.conv.bias}
 
     def _project(self, x: Tensor, mixed: Tensor) -> Tensor:
