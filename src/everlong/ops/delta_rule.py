@@ -62,12 +62,12 @@ def delta_rule_reference(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor |
 
 
 class _Chunks(NamedTuple):
-    """Reads (q, a) against writes (k, b) inside each chunk, and against the states at its borders.
+    """Reads (q, a) against writes (b, k) inside each chunk, and against the states at its borders.
 
-    R = 2 reads, S = 2 writes, or 1 where b is k.
+    R = 2 kinds of reads, S = 2 kinds of writes, or 1 where b is k.
     """
 
-    scores: Tensor  # [B H N R S C C]
+    scores: Tensor  # [B H N R C S C]
     reads: Tensor  # [B H N R C K] against the state that enters
     writes: Tensor  # [B H N S C K] into the state that leaves
     keep: Tensor  # [B H N K] or [B H N 1]
@@ -78,9 +78,8 @@ def delta_rule_chunk(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor | Non
     """Chunk-parallel form: a triangular solve inside chunks of 64 tokens, an affine recurrence between them."""
     length, dtype = q.shape[1], state.dtype
     size = min(CHUNK, 1 << (length - 1).bit_length())
-    reads = torch.stack([heads_first(x.to(dtype), size) for x in (q, a)], dim=3)
-    writes = torch.stack([heads_first(x.to(dtype), size) for x in (k, b) if x is not None], dim=3)
     gate = None if g is None else heads_first(g.to(dtype), size)
+    reads, writes = ([heads_first(x.to(dtype), size) for x in kinds if x is not None] for kinds in ((q, a), (b, k)))
     parts = _per_key(reads, writes, gate) if gate is not None and gate.dim() == 5 else _per_head(reads, writes, gate)
     if starts is not None:
         parts = _cut(parts, Resets.of(starts, size))
@@ -88,33 +87,31 @@ def delta_rule_chunk(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor | Non
     return heads_last(y, length).to(v.dtype), state
 
 
-def _per_key(reads: Tensor, writes: Tensor, g: Tensor) -> _Chunks:
+def _per_key(reads: list[Tensor], writes: list[Tensor], g: Tensor) -> _Chunks:
     """Decays per key channel, [B H N C K]."""
-    q, a = reads.unbind(dim=3)
-    decay = g.exp()
-    own = (q[:, :, :, None] * writes).sum(-1)  # only q sees what its own token writes
-    parts = decay_pairs(
-        torch.stack([q * decay, a], dim=3)[:, :, :, :, None], writes[:, :, :, None], decay[:, :, :, None, None],
-        torch.stack([own, torch.zeros_like(own)], dim=3),
-    )
-    return _Chunks(parts.scores, parts.reads.squeeze(4), parts.keys.squeeze(3), parts.keep[:, :, :, 0, 0])
+    (q, a), decay = reads, g.exp()
+    keys = torch.stack(writes, dim=4)
+    own = (q[..., None, :] * keys).sum(-1)  # only q sees what its own token writes
+    own = torch.stack([own, torch.zeros_like(own)], dim=4)
+    return _Chunks(*decay_pairs(torch.stack([q * decay, a], dim=4), keys, decay, own))
 
 
-def _per_head(reads: Tensor, writes: Tensor, g: Tensor | None) -> _Chunks:
+def _per_head(reads: list[Tensor], writes: list[Tensor], g: Tensor | None) -> _Chunks:
     """Decays per head, [B H N C], or none."""
-    products = reads.flatten(3, 4) @ writes.flatten(3, 4).transpose(-1, -2)
-    products = products.unflatten(3, (2, -1)).unflatten(5, (writes.shape[3], -1)).transpose(4, 5)
-    size = reads.shape[-2]
+    rows, keys = torch.stack(reads, dim=3), torch.stack(writes, dim=3)
+    products = rows.flatten(3, 4) @ keys.flatten(3, 4).transpose(-1, -2)
+    size = rows.shape[-2]
+    products = products.view(*products.shape[:3], 2, size, -1, size)
     if g is None:
-        after = torch.ones(size, size, dtype=reads.dtype, device=reads.device).tril()
-        return _Chunks(products * torch.stack([after, after.tril(-1)])[:, None], reads, writes, reads.new_ones(1))
+        after = torch.ones(size, size, dtype=rows.dtype, device=rows.device).tril()
+        return _Chunks(products * torch.stack([after, after.tril(-1)])[:, :, None], rows, keys, rows.new_ones(1))
     after, reach = segsum(g).exp(), g.cumsum(dim=-1)
     before = F.pad(after, (0, 0, 1, -1))  # what reads before token i's decay sees what token i-1 left
-    before_reach = F.pad(reach, (1, -1))
+    reach = torch.stack([reach, F.pad(reach, (1, -1))], dim=3).exp()
     return _Chunks(
-        products * torch.stack([after, before], dim=3)[:, :, :, :, None],
-        reads * torch.stack([reach, before_reach], dim=3).exp()[..., None],
-        writes * suffix_sum(g, dim=-1).exp()[:, :, :, None, :, None],
+        products * torch.stack([after, before], dim=3)[..., None, :],
+        rows * reach[..., None],
+        keys * suffix_sum(g, dim=-1).exp()[:, :, :, None, :, None],
         g.sum(dim=-1, keepdim=True).exp(),
     )
 
@@ -122,7 +119,7 @@ def _per_head(reads: Tensor, writes: Tensor, g: Tensor | None) -> _Chunks:
 def _cut(parts: _Chunks, resets: Resets) -> _Chunks:
     """The same where documents start inside chunks."""
     return _Chunks(
-        parts.scores * resets.pair[:, None, :, None, None],
+        parts.scores * resets.pair[:, None, :, None, :, None, :],
         parts.reads * resets.carry[:, None, :, None, :, None],
         parts.writes * resets.last[:, None, :, None, :, None],
         parts.keep * resets.keep[:, None, :, None],
@@ -131,25 +128,28 @@ def _cut(parts: _Chunks, resets: Resets) -> _Chunks:
 
 def _solve(parts: _Chunks, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """y [B H N C V] and the final state, from the values [B H N C V] and the first state [B H K V]."""
-    keys, (q, a) = state.shape[-2], parts.reads.unbind(dim=3)
-    q_scores, a_scores = (x.unbind(dim=3) for x in parts.scores.unbind(dim=3))
-    known = v if len(a_scores) == 1 else a_scores[0] @ v
-    # U, or U + V where b is k, as an affine function of the state that enters: [C K] | [C V]
-    affine = torch.cat([a, known], dim=-1)
-    solved = torch.linalg.solve_triangular(-a_scores[-1], affine, upper=False, unitriangular=True)
-    *direct, write = parts.writes.transpose(-1, -2).unbind(dim=3)
-    carry = write @ solved
+    keys, (q, a), (q_scores, a_scores) = state.shape[-2], parts.reads.unbind(dim=3), parts.scores.unbind(dim=3)
+    both = a_scores.shape[-2] == 2
+    known = a_scores[..., 1, :] @ v if both else v
+    # U, or U + V where b is k, is affine in the state that enters: [C K] times it, plus [C V]
+    solved = torch.linalg.solve_triangular(
+        -a_scores[..., 0, :], torch.cat([a, known], dim=-1), upper=False, unitriangular=True)
+    carry = parts.writes[:, :, :, 0].transpose(-1, -2) @ solved
     move, add = carry[..., :keys] + torch.diag_embed(parts.keep.expand(*carry.shape[:-2], keys)), carry[..., keys:]
-    if direct:
-        add = add + direct[0] @ v
-    before = []
-    for m, n in zip(move.unbind(2), add.unbind(2), strict=True):
-        before.append(state)
-        state = m @ state + n
-    entered = torch.stack(before, dim=2)
+    if both:
+        add = add + parts.writes[:, :, :, 1].transpose(-1, -2) @ v
+    entered, state = _sweep(move, add, state)
     u = solved[..., :keys] @ entered + solved[..., keys:]
-    y = q @ entered + q_scores[-1] @ u
-    return (y if not direct else y + q_scores[0] @ v), state
+    return q @ entered + q_scores.flatten(-2) @ (torch.cat([u, v], dim=-2) if both else u), state
+
+
+def _sweep(move: Tensor, add: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The states [B H N K V] that enter each chunk, and the one that leaves the last:  S = move S + add."""
+    entered = []
+    for m, n in zip(move.unbind(2), add.unbind(2), strict=True):
+        entered.append(state)
+        state = m @ state + n
+    return torch.stack(entered, dim=2), state
 
 
 TABLE = (
