@@ -171,7 +171,7 @@ def _learning(results: Results) -> Figure | None:
     low, high = min(_all_y(rows)), max(early)
     if max(_all_y(rows)) > 1.15 * high > low:
         figure["y"]["range"] = [low - 0.06 * (high - low), high + 0.04 * (high - low)]
-        figure["explain"] += " The first steps lie above the frame; double-click shows them."
+        figure["explain"] += " The first steps lie above the frame; a double click shows them where there is a mouse."
     for series in figure["series"]:
         series["mode"] = "lines" if len(series["x"]) > 25 else "lines+markers"
     return figure

@@ -96,7 +96,7 @@
     if (bars) Object.assign(made.yaxis, { showgrid: false });
     else Object.assign(made.xaxis, {
       showgrid: false, showline: true, hoverformat: ",.6~g", spikecolor: colours.axis, spikethickness: 1, spikedash: "solid",
-      unifiedhovertitle: { text: `%{x} ${plot.key === "recall" ? "pairs" : "tokens"}` },
+      unifiedhovertitle: { text: `%{x:,.6~g} ${plot.key === "recall" ? "pairs" : "tokens"}` },
     });
     for (const guide of plot.lines || []) {
       made.shapes.push({ type: "line", xref: "paper", x0: 0, x1: 1, y0: guide.y, y1: guide.y, line: { color: colours.text, width: 1.2, dash: "dot" } });
