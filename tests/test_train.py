@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import everlong
 from everlong import cli
-from everlong.config import find
+from everlong.config import find, mixer_names
 from everlong.mixers import base
 from everlong.models.blocks import Layer, SwiGLU
 from everlong.models.lm import LanguageModel
@@ -113,7 +113,8 @@ def test_split_cuts_the_end_of_the_longest_where_documents_are_few():
 
 def test_files_folders_and_globs(tmp_path):
     (tmp_path / "b").mkdir()
-    for name, data in {"a.txt": b"one", "b/c.py": b"tw\xff", "b/x.png": b"\x89\0P", "b/empty": b"", "b/.git": b"h"}.items():
+    files = {"a.txt": b"one", "b/c.py": b"tw\xff", "b/x.png": b"\x89\0P", "b/empty": b"", "b/.git": b"h"}
+    for name, data in files.items():
         (tmp_path / name).write_bytes(data)
     folder = Corpus.from_paths(tmp_path)
     assert bytes(folder.tokens.tolist()) == b"\0one\0tw\xff" and folder.skipped == {"binary": 1, "empty": 1}
@@ -147,14 +148,14 @@ def test_bad_paths_get_clear_errors(tmp_path, monkeypatch):
 
     (tmp_path / "secret.txt").write_text("text")
     monkeypatch.setattr(Path, "read_bytes", refused)
-    with pytest.raises(ValueError, match="secret.txt is unreadable: Permission denied; check its permissions"):
+    with pytest.raises(ValueError, match=r"secret.txt is unreadable: Permission denied; check its permissions"):
         Corpus.from_paths(tmp_path / "secret.txt")
     with pytest.raises(ValueError, match="unreadable"):
         Corpus.from_paths(tmp_path)
 
 
 def test_text_shorter_than_the_context():
-    with pytest.raises(ValueError, match="the text has 6 tokens, shorter than the context of 16 .*at most 5"):
+    with pytest.raises(ValueError, match=r"the text has 6 tokens, shorter than the context of 16 .*at most 5"):
         Corpus.from_texts(["hello"]).batch(0, CFG)
 
 
@@ -202,7 +203,8 @@ class Marked(base.Mixer):
 
 
 def test_weight_decay_and_learning_rates_by_parameter():
-    whole = nn.ModuleDict({"embedding": nn.Embedding(3, 2), "norm": nn.LayerNorm(2), "mixer": Marked(Marked.Config(), 2)})
+    parts = {"embedding": nn.Embedding(3, 2), "norm": nn.LayerNorm(2), "mixer": Marked(Marked.Config(), 2)}
+    whole = nn.ModuleDict(parts)
     assert parameter_rules(whole) == {
         "embedding.weight": (False, 1.0), "norm.weight": (False, 1.0), "norm.bias": (False, 1.0),
         "mixer.rates": (False, 2.0), "mixer.vector": (False, 1.0),
@@ -221,6 +223,15 @@ def test_weight_decay_and_learning_rates_by_parameter():
         parameter.requires_grad_(False)
     with pytest.raises(ValueError, match="no parameters to train"):
         Trainer(whole, None, CFG)
+
+
+@pytest.mark.parametrize("name", mixer_names())
+def test_rules_of_the_mixers_name_parameters_that_exist(name):
+    mixer = find(name)
+    built = [cfg.build(64, base.Depth(layer, 2)) for cfg in mixer.examples().values() for layer in (0, 1)]
+    parameters = {name for layer in built for name, _ in layer.named_parameters()}
+    for entry in (*mixer.no_decay, *mixer.lr_scales):
+        assert any(f".{parameter}".endswith(f".{entry}") for parameter in parameters), entry
 
 
 def test_learning_rate_warms_up_and_falls_to_a_tenth():
@@ -364,7 +375,7 @@ def test_killed_twice_it_ends_with_the_same_curve(tmp_path):
         assert process.wait() == -signal.SIGKILL
         reached.append(len(written_so_far(tmp_path)))
         assert written_so_far(tmp_path) == expected[: reached[-1]]
-    assert 5 <= reached[0] and 30 <= reached[1] < LONG.steps
+    assert reached[0] >= 5 and LONG.steps > reached[1] >= 30
     resumed = Trainer(model(), corpus(), LONG, tmp_path)
     assert resumed.resume() == reached[1] // 7 * 7 > 0
     assert losses(resumed.run()) == expected == written(tmp_path)
@@ -415,7 +426,8 @@ def test_a_full_disk_loses_nothing(tmp_path, size):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-        with pytest.raises(OSError, match=r"step 2: .*File too large.*; the checkpoint of step 1 is intact\. Make room"):
+        message = r"step 2: .*File too large.*; the checkpoint of step 1 is intact\. Make room"
+        with pytest.raises(OSError, match=message):
             trainer.run()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -440,7 +452,9 @@ class Breaking(Noisy):
         return loss * math.nan if self.kind == "loss" else loss + self.table.weight[0, 0].mul(0).abs().sqrt()
 
 
-@pytest.mark.parametrize(("kind", "what"), [("loss", "the loss is nan"), ("gradient", "the norm of the gradient is nan")])
+@pytest.mark.parametrize(
+    ("kind", "what"), [("loss", "the loss is nan"), ("gradient", "the norm of the gradient is nan")]
+)
 def test_a_diverged_run_stops_and_keeps_its_checkpoint(tmp_path, kind, what):
     breaking = Breaking()
     breaking.kind = kind
@@ -455,7 +469,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path):
     broken = model()
     with torch.no_grad():
         broken.layers[0].mixer.out_proj.weight[0, 0] = math.nan
-    message = "step 1 of 12: .*weights layers.0.mixer.out_proj.weight are not finite; there is no checkpoint yet"
+    message = r"step 1 of 12: .*weights layers.0.mixer.out_proj.weight are not finite; there is no checkpoint yet"
     with pytest.raises(ValueError, match=message):
         Trainer(broken, corpus(), CFG, tmp_path).run()
 
@@ -473,7 +487,7 @@ def test_ctrl_c_saves_and_the_run_goes_on(tmp_path):
     assert losses(again.run()) == losses(Trainer(model(), corpus(), CFG).run())
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert len(Trainer(model(), corpus(), CFG).run(press_ctrl_c_at(12))) == 12  # it was done anyway
-    with pytest.raises(Stopped, match="stopped after step 3 of 12$"):
+    with pytest.raises(Stopped, match=r"stopped after step 3 of 12$"):
         Trainer(model(), corpus(), CFG).run(press_ctrl_c_at(3))
 
     def press_twice(progress):
@@ -487,7 +501,7 @@ def test_ctrl_c_saves_and_the_run_goes_on(tmp_path):
 
 def test_a_vocabulary_too_small_for_the_text():
     small = LanguageModel.Config(vocab_size=100, d_model=16, layers=model().cfg.layers).build()
-    with pytest.raises(ValueError, match="token ids up to 255, the model a vocabulary of 100; .*vocab_size=256"):
+    with pytest.raises(ValueError, match=r"token ids up to 255, the model a vocabulary of 100; .*vocab_size=256"):
         Trainer(small, corpus(), CFG)
 
 

@@ -76,7 +76,8 @@ def train(job: jobs.Job, folder: Path, device: str = "auto") -> jobs.Result:
         result = jobs.train(job, folder, on_step=display.update, on_ready=ready, device=device)
     except Stopped as stopped:
         display.bar.stop()
-        console.print(f"[yellow]{escape(str(stopped))}[/]\nGo on with:  everlong train --resume {_quoted(folder)}", soft_wrap=True)
+        console.print(f"[yellow]{escape(str(stopped))}[/]", soft_wrap=True)
+        console.print(f"Go on with:  everlong train --resume {_quoted(folder)}", soft_wrap=True)
         raise typer.Exit(130) from None
     finally:
         if display.bar.live.is_started:
