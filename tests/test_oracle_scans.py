@@ -106,7 +106,8 @@ def s4d_convolution(p, x):
     dt, A = np.exp(p["log_dt"])[:, None], -np.exp(p["log_A_real"]) + 1j * p["A_imag"]
     C = p["C"][..., 0] + 1j * p["C"][..., 1]
     length = x.shape[1]
-    kernel = np.stack([2 * (C * (np.exp(dt * A) - 1) / A * np.exp(dt * A * l)).sum(-1).real for l in range(length)])
+    held = C * (np.exp(dt * A) - 1) / A
+    kernel = np.stack([2 * (held * np.exp(dt * A * lag)).sum(-1).real for lag in range(length)])
     y = np.stack([(kernel[t::-1] * x[:, : t + 1]).sum(1) for t in range(length)], axis=1)
     return glu(y + p["D"] * x, p)
 
@@ -136,7 +137,7 @@ def test_lru_starts_on_the_ring():
     assert size.min() >= 0.4 - 1e-6 and size.max() <= 0.8 + 1e-6
     assert abs(float(size.square().mean()) - (0.4**2 + 0.8**2) / 2) < 0.03  # uniform in area
     numerics.assert_close(layer.gamma_log.exp(), (1 - size.square()).sqrt(), "gamma")
-    assert 0 < layer.theta_log.exp().min() and layer.theta_log.exp().max() <= 1.0
+    assert layer.theta_log.exp().min() > 0 and layer.theta_log.exp().max() <= 1.0
 
 
 def test_s4d_initial_poles():

@@ -1,8 +1,8 @@
 """Diagonal state space model (S4D, arXiv 2206.11893).   h_t = exp(dt A) h_{t-1} + x_t,   y_t = 2 Re(w h_t) + D x_t
 
-Paper letters: w = C (exp(dt A) - 1) / A is the zero-order hold with B folded into C;
-A = -exp(log_A_real) + i A_imag and one step size dt per channel, N/2 complex states standing for N real ones. The layer is the paper's minimal one:
-the model per channel, GELU, a linear map to twice the width, GLU.
+Paper letters: w = C (exp(dt A) - 1) / A is the zero-order hold with B folded into C; A = -exp(log_A_real) + i A_imag
+and one step size dt per channel, N/2 complex states standing for N real ones. The layer is the paper's minimal
+one: the model per channel, GELU, a linear map to twice the width, GLU.
 """
 
 from __future__ import annotations

@@ -39,14 +39,14 @@ def diagonal_ssm_reference(x: Tensor, g: Tensor, w: Tensor, *, state: Tensor,
 
 def diagonal_ssm_chunk(x: Tensor, g: Tensor, w: Tensor, *, state: Tensor,
                        starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Chunk-parallel form, all in real matrix products per channel."""
-    batch, time, channels = x.shape
+    """Chunk-parallel form, all in real matrix products per channel; inside, x and y are [C BN L]."""
+    batch, time = x.shape[:2]
     size = min(CHUNK, 1 << (time - 1).bit_length())
     g = g.to(state.dtype)
     powers = _powers(g, size)
     weighted = powers * w.to(state.dtype)[:, None]
     kernel = weighted[:, :-1].real.sum(-1)
-    u = written = to_chunks(x.to(state.real.dtype), size).flatten(0, 2).t().reshape(channels, -1, size)  # [C BN L]
+    u = written = _transposed(to_chunks(x.to(state.real.dtype), size).flatten(0, 2)).unflatten(1, (-1, size))
     begins, keep = None, None
     if starts is None:
         y = u @ _toeplitz(F.pad(kernel, (size - 1, 0)))
@@ -58,9 +58,23 @@ def diagonal_ssm_chunk(x: Tensor, g: Tensor, w: Tensor, *, state: Tensor,
     enter = _entering(written.unflatten(1, (batch, -1)), g, powers, state, keep)
     read = enter.flatten(1, 2) @ _parts(weighted[:, 1:].conj().resolve_conj()).transpose(-1, -2)
     y = y + (read if starts is None else read * (document == 0))
-    y = y.flatten(1).t().reshape(batch, -1, channels)[:, :time].to(x.dtype)
+    y = _transposed(y.flatten(1)).unflatten(0, (batch, -1))[:, :time].to(x.dtype)
     final = _leaving(written.unflatten(1, (batch, -1))[:, :, -1], enter[:, :, -1], powers, time, keep)
     return y, final
+
+
+@torch.library.custom_op("everlong::transposed", mutates_args=())
+def _transposed(x: Tensor) -> Tensor:
+    """A transposed copy whose gradient is a copy too: of strided gradients the matrix products would copy each row."""
+    return x.t().clone(memory_format=torch.contiguous_format)
+
+
+@_transposed.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[::-1])
+
+
+_transposed.register_autograd(lambda _, grad: _transposed(grad))
 
 
 def _powers(g: Tensor, size: int) -> Tensor:
@@ -94,8 +108,8 @@ def _inside(u: Tensor, kernel: Tensor, starts: Tensor) -> Tensor:
     document = starts.long().cumsum(dim=-1)
     sees, seen = document[:, 1] == 0, document[:, 0] == document[:, 0, -1:]
     cross = ((u[:, :, 0] * seen) @ _toeplitz(kernel[:, 1:size])) * sees
-    inner = _inside(u.flatten(1, 2), kernel, starts.flatten(0, 1)).unflatten(1, (-1, 2))
-    return torch.cat([inner[:, :, 0], inner[:, :, 1] + cross], dim=-1)
+    first, second = _inside(u.flatten(1, 2), kernel, starts.flatten(0, 1)).unflatten(1, (-1, 2)).unbind(2)
+    return torch.cat([first, second + cross], dim=-1)
 
 
 def _entering(written: Tensor, g: Tensor, powers: Tensor, state: Tensor, keep: Tensor | None) -> Tensor:
