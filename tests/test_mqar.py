@@ -19,7 +19,7 @@ def test_layout(random_non_queries):
     assert tokens.shape == targets.shape == starts.shape == (64, 64)
     assert tokens.dtype == targets.dtype == torch.int64
     assert starts[:, 0].all() and not starts[:, 1:].any()
-    assert 0 <= int(tokens.min()) and int(tokens.max()) < 256
+    assert int(tokens.min()) >= 0 and int(tokens.max()) < 256
     for row, wanted in zip(tokens.tolist(), targets.tolist(), strict=True):
         keys, values = row[0:16:2], row[1:16:2]
         assert len(set(keys)) == len(set(values)) == 8

@@ -1,0 +1,1 @@
+"""The main job: architectures of equal size, trained alike, measured and reported."""

@@ -113,7 +113,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mamba": Architecture("Mamba", _mamba, 0.25, lambda shape: {"residual_fp32": True}),
     "mamba2": Architecture("Mamba-2", _mamba2, 0.5, lambda shape: {"residual_fp32": True}),
     "rwkv7": Architecture("RWKV-7", _rwkv7, 1.0, lambda shape: {
-        "norm": Norm.Config(style="layer"), "embed_norm": Norm.Config(style="layer"), "tied": False, "embed_std": 1e-4}),
+        "norm": Norm.Config(style="layer"), "embed_norm": Norm.Config(style="layer"), "tied": False,
+        "embed_std": 1e-4}),
     "griffin": Architecture("Griffin", _griffin, 1.0, lambda shape: {
         "norm": Norm.Config(eps=1e-6), "embed_scale": shape.d_model**0.5, "embed_std": shape.d_model**-0.5,
         "logit_cap": 30.0}),
@@ -170,7 +171,8 @@ def _layer(layer: Layer.Config, d_model: int, later: bool) -> int:
         return sum(p.numel() for p in built.parameters())
 
 
-def sized(name: str, params: int, *, vocab_size: int = 256, context: int = 256, min_layers: int = 2) -> LanguageModel.Config:
+def sized(name: str, params: int, *, vocab_size: int = 256, context: int = 256,
+          min_layers: int = 2) -> LanguageModel.Config:
     """The model of an architecture with ``params`` parameters, within 5 %.
 
     Width, depth and the width of the MLPs are chosen, as near as possible to the usual proportions (width 40 times the
@@ -243,7 +245,7 @@ def describe(cfg: LanguageModel.Config) -> str:
     """The layers in a few words: ``"mamba2 + swiglu, x3"``."""
     labels = [_label(layer) for layer in cfg.layers]
     size = next(n for n in range(1, len(labels) + 1) if labels == labels[:n] * (len(labels) // n))
-    unit = []
+    unit: list[tuple[str, int]] = []
     for label in labels[:size]:
         if unit and unit[-1][0] == label:
             unit[-1] = (label, unit[-1][1] + 1)

@@ -33,8 +33,8 @@ def measured_bytes(model: LanguageModel, tokens: Tensor, lengths: tuple[int, ...
         read, held = length, states.nbytes(state)
         if held != (wanted := state_bytes(model, length)):
             raise RuntimeError(
-                f"the state holds {held:,} bytes after {length:,} tokens, but {wanted:,} were computed from its shapes; "
-                "a leaf that grows must be declared with state.growing(...)"
+                f"the state holds {held:,} bytes after {length:,} tokens, but {wanted:,} were computed from its "
+                "shapes; a leaf that grows must be declared with state.growing(...)"
             )
         found.append([length, held])
     return found
@@ -56,8 +56,8 @@ def speed(model: LanguageModel, tokens: Tensor, lengths: tuple[int, ...], *, sec
     """Reading prompts of ``lengths`` (ascending), and decoding after those of 1K tokens and more.
 
     A length is read in pieces from an empty state as often as ``seconds`` allow (once at least); the median counts.
-    A length above 1K that would take more than 4 times ``seconds`` (by the last one's speed) is left out. Decoding times
-    ``steps`` tokens (fewer if ``seconds`` are over, 20 at least), one by one, on the state that was read.
+    A length above 1K that would take more than 4 times ``seconds`` (by the last one's speed) is left out. Decoding
+    times ``steps`` tokens (fewer if ``seconds`` are over, 20 at least), one by one, on the state that was read.
     """
     prefill: list[list[float]] = []
     decode: list[dict[str, Any]] = []

@@ -1,6 +1,6 @@
 """What a trained model is worth: bits per byte of held-out text, by position and by length, and recall of pairs.
 
-**Held-out text.** ``Runs`` are stretches of 8 training contexts, inside single documents where there are such long ones.
+**Held-out text.** ``Runs`` are stretches of 8 training contexts, inside single documents where some are that long.
 - ``bits_per_byte``: every run is cut into windows of the training context, each read from an empty state. All models
   predict the same bytes from the same context, which is the one they were trained on.
 - ``by_position``: the same windows up to the training context; beyond it, whole runs read as one stream with the state
@@ -12,6 +12,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from itertools import pairwise
+from operator import itemgetter
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -54,9 +57,9 @@ def held_out_runs(corpus: Corpus, context: int, count: int, seed: int = 0) -> Ru
 def _inside_documents(corpus: Corpus, length: int) -> Tensor:
     """Offsets of the stretches of ``length`` tokens (and one target) that lie inside one document."""
     begins, sizes = corpus.offsets[:-1].tolist(), corpus.offsets.diff().tolist()
-    return torch.tensor([
-        begin + index * length for begin, size in zip(begins, sizes, strict=True) for index in range((size - 1) // length)
-    ], dtype=torch.int64)
+    pairs = zip(begins, sizes, strict=True)
+    found = [begin + index * length for begin, size in pairs for index in range((size - 1) // length)]
+    return torch.tensor(found, dtype=torch.int64)
 
 
 @torch.no_grad()
@@ -79,24 +82,28 @@ def _starts(batch: Batch, part: slice) -> Tensor | None:
     return starts if bool(starts[:, 0 if part.start else 1 :].any()) else None
 
 
+def _each(change: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
+    """A batch with ``change`` applied to its tensors."""
+    return Batch(*(tensor if tensor is None else change(tensor) for tensor in batch))  # type: ignore[arg-type]
+
+
 def _losses(model: LanguageModel, batch: Batch, piece: int) -> Tensor:
-    """``losses`` of many rows, some at a time."""
-    rows = max(1, ROWS * piece // batch.tokens.shape[1])
-    parts = zip(*(tensor.split(max(rows, 8)) for tensor in batch), strict=True)
-    return torch.cat([losses(model, Batch(*part), piece) for part in parts])
+    """``losses`` of many rows, ``ROWS`` at a time."""
+    groups = (slice(at, at + ROWS) for at in range(0, len(batch.tokens), ROWS))
+    return torch.cat([losses(model, _each(itemgetter(rows), batch), piece) for rows in groups])
 
 
 def text(model: LanguageModel, runs: Runs) -> dict[str, Any]:
     """``bits_per_byte``, ``by_position`` and ``by_length`` (see the module)."""
-    context, length = runs.context, runs.factor * runs.context
-    windows = _losses(model, Batch(*(tensor.unflatten(1, (-1, context)).flatten(0, 1) for tensor in runs.batch)), context)
-    windows = windows.view(-1, length)
-    means, last = {1: windows[:, -(context // 2) :].mean()}, windows[:, :context]
+    context, last = runs.context, slice(-(runs.context // 2), None)
+    windows = _losses(model, _each(lambda tensor: tensor.reshape(-1, context), runs.batch), context)
+    whole = windows.view(-1, runs.factor * context)
+    means, stream = {1: whole[:, last].mean()}, whole[:, :context]
     for factor in (f for f in LENGTHS if 1 < f <= runs.factor):
-        ends = Batch(*(tensor[:, -factor * context :].contiguous() for tensor in runs.batch))
-        last = _losses(model, ends, context)
-        means[factor] = last[:, -(context // 2) :].mean()
-    by_place = torch.cat([windows.view(-1, context).mean(0), last.mean(0)[context:]])
+        ends = itemgetter((slice(None), slice(-factor * context, None)))
+        stream = _losses(model, _each(ends, runs.batch), context)
+        means[factor] = stream[:, last].mean()
+    by_place = torch.cat([windows.mean(0), stream.mean(0)[context:]])
     return {
         "bits_per_byte": float(windows.mean()) * runs.scale,
         "by_position": [[place, value * runs.scale] for place, value in _buckets(by_place)],
@@ -109,7 +116,7 @@ def _buckets(values: Tensor) -> list[tuple[int, float]]:
     edges = sorted({min(round(2 ** (k / 2)), len(values) + 1) for k in range(2 * len(values).bit_length() + 2)})
     return [
         (round(math.sqrt(low * (high - 1))), float(values[low - 1 : high - 1].mean()))
-        for low, high in zip(edges, edges[1:], strict=False)
+        for low, high in pairwise(edges)
     ]
 
 

@@ -72,7 +72,8 @@ class Comparison:
         """The results so far, or new ones; models of an earlier call that are not asked for now are kept."""
         run = {"settings": self.settings.to_dict(), "text": self.train.fingerprint}
         now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-        results = _read(self.out / RESULTS) or {"version": 1, "created": now, "complete": False, "run": run, "models": []}
+        new: dict[str, Any] = {"version": 1, "created": now, "complete": False, "run": run, "models": []}
+        results = _read(self.out / RESULTS) or new
         if found := list(differences(results["run"], json.loads(json.dumps(run)))):
             raise ValueError(
                 f"{self.out} holds a comparison with other settings: {'; '.join(found[:5])}. "
@@ -135,7 +136,8 @@ class Comparison:
         text, speed, decode = model.get("text", {}), model.get("prefill"), model.get("decode")
         columns = {
             "params": model["params"], "train": model.get("training", {}).get("tokens_per_second"),
-            "held_out": text.get("bits_per_byte"), "recall": _mean([y for _, y in model.get("recall", {}).get("pairs", [])]),
+            "held_out": text.get("bits_per_byte"),
+            "recall": _mean([right for _, right in model.get("recall", {}).get("pairs", [])]),
             "state": dict(model.get("state_bytes", {}).get("computed", [])).get(2**17),
             "prefill": speed[-1][1] if speed else None, "decode": decode[-1]["p50_ms"] if decode else None,
         }
@@ -185,14 +187,16 @@ class Comparison:
 
     def _samples(self, name: str) -> None:
         if model := self._begin(name, "writing", "samples"):
-            self._store(name, samples=[{"prompt": prompt, "text": self._sample(model, prompt)} for prompt in self.prompts])
+            written = [{"prompt": prompt, "text": self._sample(model, prompt)} for prompt in self.prompts]
+            self._store(name, samples=written)
 
     def _sample(self, model: LanguageModel, prompt: str) -> str:
         """A continuation of ``prompt``; every model draws with the same seed."""
         tokenizer, cfg = ByteTokenizer(), self.settings
         sampling = Sampling(temperature=0.7, top_p=0.9, seed=cfg.seed)
         ids = [0, *tokenizer.encode(prompt)]  # a document begins with its separator
-        return tokenizer.decode(list(generate(model, ids, max_tokens=cfg.sample_tokens, sampling=sampling, stop_ids=(0,))))
+        made = generate(model, ids, max_tokens=cfg.sample_tokens, sampling=sampling, stop_ids=(0,))
+        return tokenizer.decode(list(made))
 
     def _recall(self, name: str) -> None:
         """A small model of the same architecture learns MQAR anew; it takes seconds, so it is not resumed within."""

@@ -1,0 +1,1 @@
+"""Synthetic tasks, as endless batches for the training loop."""

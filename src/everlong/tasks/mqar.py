@@ -46,7 +46,9 @@ class MQAR:
             if self.length < 4 * most:
                 raise ValueError(f"{most} pairs and their queries need a length of {4 * most}, got {self.length}")
             if self.vocab_size <= self.length or self.vocab_size % 2:
-                raise ValueError(f"vocab_size must be even and greater than length {self.length}, got {self.vocab_size}")
+                raise ValueError(
+                    f"vocab_size must be even and greater than length {self.length}, got {self.vocab_size}"
+                )
             if not self.power > 0:
                 raise ValueError(f"power must be positive, got {self.power}")
 
