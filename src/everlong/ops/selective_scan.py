@@ -23,7 +23,7 @@ from .common import loop
 from .native.selective_scan import refuse, selective_scan_native
 
 SEQUENCE = ("x", "dt", "B", "C")
-CHUNK = 16
+TILE = 1 << 16  # states of the rows of one tile
 LOG2E = 1 / math.log(2)
 
 
@@ -105,77 +105,122 @@ def rows(x: Tensor, part: slice) -> Tensor:
     return x[part].flatten(0, 1)[:, None]
 
 
-def _chunks(length: int) -> list[slice]:
-    return [slice(start, min(start + CHUNK, length)) for start in range(0, length, CHUNK)]
+def _chunk_length(batch: int, channels: int, keys: int) -> int:
+    """Tokens per chunk: 16, or down to 8 so that the buffers of a tile stay in the cache."""
+    return min(16, max(8, 8 * TILE // (min(batch, _tile(channels * keys)) * channels * keys)))
 
 
-def _time_first(*tensors: Tensor | None) -> list[Any]:
-    return [None if tensor is None else tensor.transpose(0, 1).contiguous() for tensor in tensors]
+def _tile(size: int) -> int:
+    """Rows of the batch taken together: enough to keep two threads busy, few enough for the cache."""
+    return max(1, TILE // size)
 
 
-def _buffers(count: int, u: Tensor, A: Tensor) -> list[Tensor]:
-    """Room for the states of one chunk, ``[N*B K C]`` each."""
-    return [u.new_empty(min(CHUNK, len(u)) * u.shape[1], *A.shape) for _ in range(count)]
+def _parts(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _time_first(part: slice, *tensors: Tensor | None) -> list[Any]:
+    """Rows ``part`` of ``[B T ...]`` as ``[T B ...]``."""
+    return [None if tensor is None else tensor[part].transpose(0, 1).contiguous() for tensor in tensors]
 
 
 @torch.library.custom_op("everlong::selective_scan", mutates_args=())
 def _scan(dt: Tensor, u: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, starts: Tensor | None,
           keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """y [B T C], the final state and, with ``keep``, the states [n B K C] before each chunk; ``u = dt x``."""
-    dt, u, B, C, starts = _time_first(dt, u, B, C, starts)
+    batch, length, channels = u.shape
+    keys = A.shape[1]
+    size = _chunk_length(batch, channels, keys)
+    chunks = _parts(length, size)
+    y, final = torch.empty(u.shape, dtype=u.dtype, device=u.device), torch.empty_like(state)
+    kept = u.new_empty((len(chunks), batch, keys, channels) if keep else (0,))
     A = A.t().contiguous() * LOG2E
-    y, before, borders = torch.empty_like(u), state.transpose(1, 2).contiguous(), []
-    buffers = _buffers(2, u, A)
-    for part in _chunks(len(u)):
-        borders.append(before)
-        chunk = _Chunk(part, dt, u, B, C, starts)
+    buffers = u.new_empty(2, size * min(batch, _tile(channels * keys)), keys, channels).unbind()
+    for part in _parts(batch, _tile(channels * keys)):
+        before = state[part].transpose(1, 2).contiguous()
+        borders = kept[:, part].unbind() if keep else [None] * len(chunks)
+        plan = list(zip(chunks, borders, strict=True))
+        out, last = _scan_tile(_time_first(part, dt, u, B, C, starts), A, before, buffers, plan)
+        y[part], final[part] = out.transpose(0, 1), last.transpose(1, 2)
+    return y, final, kept
+
+
+def _scan_tile(inputs: list[Any], A: Tensor, before: Tensor, buffers: tuple[Tensor, ...],
+               plan: list[tuple[slice, Tensor | None]]) -> tuple[Tensor, Tensor]:
+    """y ``[T B C]`` and the last state of some rows; ``plan``: the chunks, and where to write the state before each."""
+    y = torch.empty_like(inputs[1])
+    for part, border in plan:
+        if border is not None:
+            border.copy_(before)
+        chunk = _Chunk(part, *inputs)
         decays, h = (buffer[: len(chunk.u)] for buffer in buffers)
         chunk.states(chunk.decays(A, decays), before, h)
         torch.bmm(chunk.C, h, out=rows(y, part))
         before = chunk.tokens(h)[-1].clone()
-    kept = torch.stack(borders) if keep else u.new_empty(0)
-    return y.transpose(0, 1).contiguous(), before.transpose(1, 2).contiguous(), kept
+    return y, before
 
 
 @_scan.register_fake
 def _(dt: Tensor, u: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, starts: Tensor | None,
       keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (-(-u.shape[1] // CHUNK), state.shape[0], state.shape[2], state.shape[1]) if keep else (0,)
-    return torch.empty(u.shape, dtype=u.dtype, device=u.device), torch.empty_like(state), u.new_empty(shape)
+    batch, length, channels = u.shape
+    chunks = _parts(length, _chunk_length(batch, channels, A.shape[1]))
+    kept = u.new_empty((len(chunks), batch, A.shape[1], channels) if keep else (0,))
+    return torch.empty(u.shape, dtype=u.dtype, device=u.device), torch.empty_like(state), kept
 
 
 @torch.library.custom_op("everlong::selective_scan_backward", mutates_args=())
 def _scan_backward(grad_y: Tensor, grad_state: Tensor, dt: Tensor, u: Tensor, A: Tensor, B: Tensor, C: Tensor,
                    starts: Tensor | None, borders: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of dt, u, A, B, C and the initial state; the states are computed again chunk by chunk, last first."""
-    grad_y, dt, u, B, C, starts = _time_first(grad_y, dt, u, B, C, starts)
-    A = A.t().contiguous()
-    scaled, after, grad_A = A * LOG2E, grad_state.transpose(1, 2).contiguous(), torch.zeros_like(A)
-    grads = [torch.empty_like(tensor) for tensor in (dt, u, B, C)]
-    buffers = _buffers(3, u, A)
-    for part, before in zip(reversed(_chunks(len(u))), reversed(borders.unbind()), strict=True):
-        chunk = _Chunk(part, dt, u, B, C, starts)
-        decays, h, adjoint = (buffer[: len(chunk.u)] for buffer in buffers)
-        chunk.states(chunk.decays(scaled, decays), before, h)
-        chunk.adjoints(rows(grad_y, part), decays, after, adjoint)
+    batch, length, channels = u.shape
+    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (dt, u, B, C)]
+    before, A = torch.empty_like(grad_state), A.t().contiguous()
+    grad_A, size = torch.zeros_like(A), _chunk_length(batch, channels, len(A))
+    buffers = u.new_empty(3, size * min(batch, _tile(A.numel())), *A.shape).unbind()
+    for part in _parts(batch, _tile(A.numel())):
+        inputs = _time_first(part, dt, u, B, C, starts)
+        after = grad_state[part].transpose(1, 2).contiguous()
+        found = [torch.empty_like(x) for x in inputs[:4]]
+        tile = _Adjoint(inputs, A, _time_first(part, grad_y)[0], buffers)
+        for where, border in reversed(list(zip(_parts(length, size), borders[:, part].unbind(), strict=True))):
+            after = tile.chunk(where, border, after, found, grad_A)
+        for grad, tile_grad in zip(grads, found, strict=True):
+            grad[part] = tile_grad.transpose(0, 1)
+        before[part] = after.transpose(1, 2)
+    return grads[0], grads[1], grad_A.t().contiguous(), grads[2], grads[3], before
+
+
+class _Adjoint:
+    """The backward pass of one tile of rows."""
+
+    def __init__(self, inputs: list[Any], A: Tensor, grad_y: Tensor, buffers: tuple[Tensor, ...]) -> None:
+        self.inputs, self.A, self.scaled, self.grad_y, self.buffers = inputs, A, A * LOG2E, grad_y, buffers
+
+    def chunk(self, part: slice, before: Tensor, after: Tensor, grads: list[Tensor], grad_A: Tensor) -> Tensor:
+        """Write the gradients of dt, u, B, C of the tokens ``part``, add that of A; dL/dh before the first token."""
+        chunk, grad_y = _Chunk(part, *self.inputs), rows(self.grad_y, part)
+        decays, h, adjoint = (buffer[: len(chunk.u)] for buffer in self.buffers)
+        chunk.states(chunk.decays(self.scaled, decays), before, h)
+        chunk.adjoints(grad_y, decays, after, adjoint)
         grad_dt, grad_u, grad_B, grad_C = (rows(grad, part) for grad in grads)
-        torch.bmm(rows(grad_y, part), h.transpose(1, 2), out=grad_C)
+        torch.bmm(grad_y, h.transpose(1, 2), out=grad_C)
         torch.bmm(chunk.u, adjoint.transpose(1, 2), out=grad_B)
         torch.bmm(chunk.B, adjoint, out=grad_u)
         carried = adjoint.mul_(decays)  # what each token hands to the one before it
         after = chunk.tokens(carried)[0].clone()
         carried[chunk.batch :].mul_(h[: -chunk.batch])
         carried[: chunk.batch].mul_(before)  # now dL/d(dt A)
-        torch.sum(torch.mul(carried, A, out=h), 1, keepdim=True, out=grad_dt)
+        torch.sum(torch.mul(carried, self.A, out=h), 1, keepdim=True, out=grad_dt)
         grad_A += carried.mul_(chunk.dt).sum(0)
-    grads = [grad.transpose(0, 1).contiguous() for grad in grads]
-    return grads[0], grads[1], grad_A.t().contiguous(), grads[2], grads[3], after.transpose(1, 2).contiguous()
+        return after
 
 
 @_scan_backward.register_fake
 def _(grad_y: Tensor, grad_state: Tensor, dt: Tensor, u: Tensor, A: Tensor, B: Tensor, C: Tensor,
       starts: Tensor | None, borders: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(tensor) for tensor in (dt, u, A, B, C, grad_state))
+    shapes = (x.shape for x in (dt, u, A, B, C, grad_state))
+    return tuple(u.new_empty(shape) for shape in shapes)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

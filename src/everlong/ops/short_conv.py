@@ -7,6 +7,8 @@ Used by Mamba, Mamba-2, DeltaNet, Griffin, xLSTM, Hyena (width 3 or 4).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from .common import loop
 
 SEQUENCE = ("x",)
 WIDTH = 4
+TILE = 1 << 17  # numbers of one tile of rows
 
 
 def short_conv_step(x: Tensor, *, weight: Tensor, bias: Tensor | None = None, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,23 +42,70 @@ def short_conv_chunk(x: Tensor, *, weight: Tensor, bias: Tensor | None = None, s
     """All tokens at once: W shifted products, each masked where it would reach into an earlier document."""
     length, width, dtype = x.shape[1], weight.shape[1], state.dtype
     padded = torch.cat([state, x.to(dtype)], dim=1)
-    taps = weight.to(dtype).unbind(dim=1)
-    document = None
+    last, same = padded[:, length:], None
     if starts is not None:
-        document = torch.cat([starts.new_zeros(len(x), width - 1).long(), starts.long().cumsum(1)], dim=1)
-    y = padded[:, width - 1 :] * taps[-1]
-    for j in range(width - 1):
-        tap = padded[:, j : j + length] * taps[j]
-        if document is not None:
-            tap = tap * (document[:, j : j + length] == document[:, width - 1 :])[..., None]
-        y = y + tap
-    if bias is not None:
-        y = y + bias.to(dtype)
-    last = padded[:, length:]
-    if document is not None:
+        before = starts.new_zeros(len(x), width - 1).long()
+        document = torch.cat([before, starts.long().cumsum(1)], dim=1)
+        same = torch.stack([document[:, j : j + length] == document[:, width - 1 :] for j in range(width)])
         last = last * (document[:, length:] == document[:, -1:])[..., None]
+    y = _convolve(padded, weight.to(dtype), None if bias is None else bias.to(dtype), same)
     return y.to(x.dtype), last
 
+
+def _tiles(x: Tensor) -> list[slice]:
+    """Rows of the batch taken together: as many as stay in the cache through all taps."""
+    size = max(1, TILE // x[0].numel())
+    return [slice(row, row + size) for row in range(0, len(x), size)]
+
+
+@torch.library.custom_op("everlong::short_conv", mutates_args=())
+def _convolve(padded: Tensor, weight: Tensor, bias: Tensor | None, same: Tensor | None) -> Tensor:
+    """``padded [B W-1+T C]``, ``same`` bool [W B T]: tap j of token t lies in its document. y [B T C]."""
+    batch, width = len(padded), weight.shape[1]
+    length = padded.shape[1] - width + 1
+    y, taps = padded.new_empty(batch, length, padded.shape[2]), weight.t().contiguous()
+    y.copy_(torch.zeros_like(taps[0]) if bias is None else bias)
+    for rows in _tiles(y):
+        for j in range(width):
+            tap = padded[rows, j : j + length]
+            y[rows].addcmul_(tap if same is None else tap * same[j, rows, :, None], taps[j])
+    return y
+
+
+@_convolve.register_fake
+def _(padded: Tensor, weight: Tensor, bias: Tensor | None, same: Tensor | None) -> Tensor:
+    return padded.new_empty(len(padded), padded.shape[1] - weight.shape[1] + 1, padded.shape[2])
+
+
+@torch.library.custom_op("everlong::short_conv_backward", mutates_args=())
+def _convolve_backward(grad: Tensor, padded: Tensor, weight: Tensor, same: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradients of ``padded`` and ``weight``; a tile's products are summed while they are in the cache."""
+    length, taps = grad.shape[1], weight.t().contiguous()
+    grad_padded, grad_taps = torch.zeros_like(padded), torch.zeros_like(taps)
+    for rows in _tiles(grad):
+        for j in range(len(taps)):
+            part = grad[rows] if same is None else grad[rows] * same[j, rows, :, None]
+            grad_padded[rows, j : j + length].addcmul_(part, taps[j])
+            grad_taps[j] += (part * padded[rows, j : j + length]).sum((0, 1))
+    return grad_padded, grad_taps.t().contiguous()
+
+
+@_convolve_backward.register_fake
+def _(grad: Tensor, padded: Tensor, weight: Tensor, same: Tensor | None) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(padded), weight.new_empty(weight.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    padded, weight, bias, same = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(padded, weight, same)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_convolve_backward(grad, *ctx.saved_tensors), grad.sum((0, 1)) if ctx.has_bias else None, None)
+
+
+_convolve.register_autograd(_backward, setup_context=_save)
 
 TABLE = (
     dispatch.Impl("torch", short_conv_chunk),
