@@ -1,7 +1,7 @@
 """Frozen configurations: plain data nested in the class it builds, to JSON and back without loss.
 
 ``kind`` names the class in JSON: ``"mamba"`` for ``everlong/mixers/mamba.py``, ``"swiglu"`` for a block of
-``everlong/models/blocks.py``, and ``"my_package.my_mixer"`` for a file of your own.
+``everlong/models/``, and ``"my_package.my_mixer"`` for a file of your own.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any, ClassVar
 
 import torch
 from typing_extensions import Self
+
+BLOCKS = ("everlong.models.blocks", "everlong.models.channel_mix")
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -116,7 +118,7 @@ def kind_of(owner: type) -> str:
     module = owner.__module__
     if module.startswith("everlong.mixers."):
         return module.rpartition(".")[2]
-    if module == "everlong.models.blocks":
+    if module in BLOCKS:
         return owner.__qualname__.lower()
     return f"{module}:{owner.__qualname__}"
 
@@ -134,7 +136,7 @@ def find(kind: str) -> Any:
         return _find_in(_imported(module_name), class_name, kind)
     if kind in mixer_names():
         return _find_in(importlib.import_module(f"everlong.mixers.{kind}"), "", kind)
-    blocks = {kind_of(block): block for block in _modules_in(importlib.import_module("everlong.models.blocks"))}
+    blocks = {kind_of(block): block for name in BLOCKS for block in _modules_in(importlib.import_module(name))}
     if kind not in blocks:
         known = [*mixer_names(), *(name for name, block in blocks.items() if hasattr(block, "memory"))]
         raise ValueError(

@@ -1,0 +1,33 @@
+"""Presets have the published numbers of parameters, counted on the meta device."""
+
+import pytest
+import torch
+
+import everlong
+from everlong.models.presets import PRESETS
+
+PUBLISHED = {
+    "mamba-130m": 129_135_360, "mamba-370m": 371_516_416, "mamba-790m": 793_204_224, "mamba-1.4b": 1_372_178_432,
+    "mamba-2.8b": 2_768_345_600, "mamba2-130m": 128_989_632, "mamba2-370m": 368_346_624, "mamba2-780m": 780_161_280,
+    "mamba2-1.3b": 1_343_757_312, "mamba2-2.7b": 2_702_599_680, "rwkv7-0.1b": 191_034_624, "rwkv7-0.4b": 450_767_872,
+    "rwkv7-1.5b": 1_527_404_544, "rwkv7-2.9b": 2_947_735_040, "recurrentgemma-2b": 2_682_862_080,
+    "llama-124m": 123_568_896,
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameter_count(name):
+    with torch.device("meta"):
+        model = everlong.preset(name).build()
+    assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_config_survives_json(name):
+    config = everlong.preset(name)
+    assert everlong.LanguageModel.Config.from_dict(config.to_dict()) == config
+
+
+def test_unknown_preset_is_told_with_a_suggestion():
+    with pytest.raises(ValueError, match="no preset 'mamba-130'; did you mean 'mamba-130m'"):
+        everlong.preset("mamba-130")
