@@ -89,7 +89,7 @@ def test_mlstm_cell_is_that_of_transformers(scale):
     first = [part.movedim(2, 1)[:, :, :70] for part in (q, k, v, i, f)]
     want, (c, n, m) = backend(**dict(zip("qkvif", first, strict=True)), return_last_states=True)
     ours = MLSTM.Config().build(WIDTH)
-    parts = Parts(q, k * 32**-0.5, v, i, F.logsigmoid(f))
+    parts = Parts(q, k, v, i, F.logsigmoid(f))
     empty = ours.init_state(2)
     got, memory, top = ours._cell(Parts(*(part[:, :70] for part in parts)), empty.memory, empty.m, None)
     assert_close(got, want.movedim(1, 2), "cell")

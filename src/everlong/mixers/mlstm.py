@@ -26,7 +26,7 @@ from . import base
 
 
 class Parts(NamedTuple):
-    """What enters the cell: q, k, v [... H V] and the log gates i, f [... H], in the dtype of the state."""
+    """What enters the cell: q, k, v [... H V], i~ and log f [... H], in the dtype of the state."""
 
     q: Tensor
     k: Tensor
@@ -105,7 +105,11 @@ class MLSTM(base.Mixer):
         dtype = self.memory_factory["dtype"]
         i, f = self.gates(torch.cat([q, k, v], dim=-1)).to(dtype).chunk(2, dim=-1)
         q, k, v = (part.unflatten(-1, (self.cfg.n_heads, -1)).to(dtype) for part in (q, k, v))
-        return Parts(q, k * self.head**-0.5, v, i, log_sigmoid(f))
+        return Parts(q, k, v, i, log_sigmoid(f))
+
+    def _scale(self, log_gate: Tensor) -> Tensor:
+        """The factor of k: the input gate and 1 / sqrt(K)."""
+        return log_gate.exp()[..., None] * self.head**-0.5
 
     def _read(self, y: Tensor, m: Tensor) -> Tensor:
         """The numerator y[..., :-1] over max(|y[..., -1]|, exp(-m)) + eps, both scaled by exp(min(m, 0))."""
@@ -124,7 +128,8 @@ class MLSTM(base.Mixer):
             before = before.masked_fill(starts[..., None], 0.0)
         # summed in this order, the decay is exact where m stays or only decays
         g = f + (before - tops)
-        y, memory = linear_attention(q, k * (i - tops).exp()[..., None], _with_ones(v), g, state=memory, starts=starts)
+        k = k * self._scale(i - tops)
+        y, memory = linear_attention(q, k, _with_ones(v), g, state=memory, starts=starts)
         return self._read(y, tops), memory, last
 
     def _finish(self, h: Tensor, mixed: Tensor, z: Tensor) -> Tensor:
@@ -149,7 +154,7 @@ class MLSTM(base.Mixer):
         q, k, v, i, f = self._project(u, mixed)
         last = before.m.detach()
         m, _ = max_plus_scan_step(i.detach(), f.detach(), state=last)
-        k = k * (i - m).exp()[..., None]
+        k = k * self._scale(i - m)
         y, memory = linear_attention_step(q, k, _with_ones(v), f + (last - m), state=before.memory)
         return self._finish(self._read(y, m), mixed, z), self.State(conv=conv, memory=memory, m=m)
 
