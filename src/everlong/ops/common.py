@@ -101,46 +101,6 @@ def suffix_sum(g: Tensor, dim: int) -> Tensor:
     return torch.cat([after, torch.zeros_like(g.narrow(dim, 0, 1))], dim=dim)
 
 
-class Decayed(NamedTuple):
-    """What ``decay_pairs`` returns: scores inside a chunk, and reads, keys and decay as seen from its borders."""
-
-    scores: Tensor  # [... R C S C] with zeros above the diagonal
-    reads: Tensor  # [... R C K] reads decayed from the start of the chunk
-    keys: Tensor  # [... S C K] keys decayed to the end of the chunk
-    keep: Tensor  # [... K] the decay over the whole chunk
-
-
-def decay_pairs(reads: Tensor, keys: Tensor, decay: Tensor, own: Tensor) -> Decayed:
-    """Masked products with a decay per key channel:  ``s_ij = sum_k r_ik k_jk (d_j+1 ... d_i-1)_k`` for ``i > j``.
-
-    R kinds of ``reads [... C R K]`` meet S kinds of ``keys [... C S K]`` under one ``decay [... C K]`` in ``[0, 1]``, C a
-    power of two. Token i reads the state before its own decay (multiply ``reads`` by it for the state after), and
-    ``own [... C R S]`` is the diagonal. Neighbouring blocks meet at their common border and merge, from 1 token
-    up to C: decays are only multiplied, never divided, so nothing overflows or cancels, and underflow is an exact 0.
-    """
-    scores, keep = own[..., None, :, None], decay[..., None, None, :]
-    reads, keys = reads[..., None, :], keys[..., None, :]
-    while reads.shape[-4] > 1:  # [... N R C K], N blocks of C tokens
-        (r1, r2), (k1, k2), (d1, d2) = (x.unflatten(-4, (-1, 2)).unbind(dim=-4) for x in (reads, keys, keep))
-        s1, s2 = scores.unflatten(-5, (-1, 2)).unbind(dim=-5)
-        cross = (r2.flatten(-3, -2) @ k1.flatten(-3, -2).transpose(-1, -2)).view(s1.shape)
-        scores = torch.cat([F.pad(s1, (0, s1.shape[-1])), torch.cat([cross, s2], dim=-1)], dim=-3)
-        reads, keys, keep = torch.cat([r1, r2 * d1], dim=-2), torch.cat([k1 * d2, k2], dim=-2), d1 * d2
-    return Decayed(scores.squeeze(-5), reads.squeeze(-4), keys.squeeze(-4), keep.squeeze(-4)[..., 0, 0, :])
-
-
-def decayed_scores(q: Tensor, k: Tensor, g: Tensor, *, before: bool = False) -> Tensor:
-    """Masked products with a log decay ``g <= 0`` per key channel: ``s_ij = sum_k q_ik k_jk exp(g_j+1 + ... + g_i)_k``.
-
-    ``q, k, g [... C K] -> [... C C]`` for ``i >= j``, C a power of two; with ``before`` token ``i`` reads
-    the state before its own decay, ``exp(g_j+1 + ... + g_i-1)`` for ``i > j``. See ``decay_pairs``.
-    """
-    decay = g.exp()
-    own = torch.zeros_like(q[..., 0]) if before else (q * k).sum(-1)
-    parts = decay_pairs((q if before else q * decay)[..., None, :], k[..., None, :], decay, own[..., None, None])
-    return parts.scores[..., 0, :, 0, :]
-
-
 def log_sigmoid(x: Tensor) -> Tensor:
     """log sigmoid(x), by softplus: ``F.logsigmoid`` wakes all threads for a handful of numbers, once per token."""
     return F.softplus(x, beta=-1, threshold=50)

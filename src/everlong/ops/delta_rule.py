@@ -14,8 +14,6 @@ Sources: arXiv 2406.06484 (WY form), arXiv 2412.06464 sec. 3 (gated), arXiv 2503
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,7 +21,9 @@ from torch.nn import functional as F
 from ..shapes import check_starts, dims, state_dtype
 from . import dispatch
 from .cases import Case
-from .common import Resets, decay_pairs, heads_first, heads_last, loop, segsum, suffix_sum
+from .common import heads_first, heads_last, loop, suffix_sum
+from .decay import decayed
+from .key_decay import Decayed, decay_pairs
 
 SEQUENCE = ("q", "k", "v", "a", "b", "g")
 CHUNK = 64
@@ -61,86 +61,72 @@ def delta_rule_reference(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor |
     return loop(delta_rule_step, {"q": q, "k": k, "v": v, "a": a, "b": b, "g": g}, state=state, starts=starts)
 
 
-class _Chunks(NamedTuple):
-    """Reads (q, a) against writes (b, k) inside each chunk, and against the states at its borders.
-
-    R = 2 kinds of reads, S = 2 kinds of writes, or 1 where b is k.
-    """
-
-    scores: Tensor  # [B H N R C S C]
-    reads: Tensor  # [B H N R C K] against the state that enters
-    writes: Tensor  # [B H N S C K] into the state that leaves
-    keep: Tensor  # [B H N K] or [B H N 1]
-
-
 def delta_rule_chunk(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor | None = None, g: Tensor | None = None, *,
                      state: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Chunk-parallel form: a triangular solve inside chunks of 64 tokens, an affine recurrence between them."""
+    """Chunk-parallel form: a triangular solve inside chunks of 64 tokens, an affine recurrence between them.
+
+    A document that starts reads nothing through a, and decays by exp(-inf) = 0: no masks are needed.
+    """
     length, dtype = q.shape[1], state.dtype
     size = min(CHUNK, 1 << (length - 1).bit_length())
-    gate = None if g is None else heads_first(g.to(dtype), size)
-    reads, writes = ([heads_first(x.to(dtype), size) for x in kinds if x is not None] for kinds in ((q, a), (b, k)))
-    parts = _per_key(reads, writes, gate) if gate is not None and gate.dim() == 5 else _per_head(reads, writes, gate)
     if starts is not None:
-        parts = _cut(parts, Resets.of(starts, size))
+        a = a.masked_fill(starts[..., None, None], 0.0)
+        g = torch.zeros_like(q[..., 0]) if g is None else g
+        g = g.masked_fill(starts.reshape(*starts.shape, *[1] * (g.dim() - 2)), float("-inf"))
+    q, a = heads_first(q.to(dtype), size), heads_first(a.to(dtype), size)
+    writes = torch.stack([heads_first(x.to(dtype), size) for x in (b, k) if x is not None], dim=3)
+    gate = None if g is None else heads_first(g.to(dtype), size)
+    parts = _per_key(q, a, writes, gate) if gate is not None and gate.dim() == 5 else _per_head(q, a, writes, gate)
     y, state = _solve(parts, heads_first(v.to(dtype), size), state)
     return heads_last(y, length).to(v.dtype), state
 
 
-def _per_key(reads: list[Tensor], writes: list[Tensor], g: Tensor) -> _Chunks:
-    """Decays per key channel, [B H N C K]."""
-    (q, a), decay = reads, g.exp()
-    keys = torch.stack(writes, dim=4)
-    own = (q[..., None, :] * keys).sum(-1)  # only q sees what its own token writes
-    own = torch.stack([own, torch.zeros_like(own)], dim=4)
-    return _Chunks(*decay_pairs(torch.stack([q * decay, a], dim=4), keys, decay, own))
+def _per_key(q: Tensor, a: Tensor, writes: Tensor, g: Tensor) -> Decayed:
+    """Decays per key channel, g [B H N C K], for q, a [B H N C K] and writes [B H N S C K]."""
+    decay = g.exp()
+    own = (q[:, :, :, None] * writes).sum(-1)  # only q sees what its own token writes
+    own = torch.stack([own, torch.zeros_like(own)], dim=3)
+    return decay_pairs(torch.stack([q * decay, a], dim=3), writes, decay, own)
 
 
-def _per_head(reads: list[Tensor], writes: list[Tensor], g: Tensor | None) -> _Chunks:
-    """Decays per head, [B H N C], or none."""
-    rows, keys = torch.stack(reads, dim=3), torch.stack(writes, dim=3)
-    products = rows.flatten(3, 4) @ keys.flatten(3, 4).transpose(-1, -2)
-    size = rows.shape[-2]
+def _per_head(q: Tensor, a: Tensor, writes: Tensor, g: Tensor | None) -> Decayed:
+    """Decays per head, g [B H N C], or none."""
+    reads, size = torch.stack([q, a], dim=3), q.shape[-2]
+    products = reads.flatten(3, 4) @ writes.flatten(3, 4).transpose(-1, -2)
     products = products.view(*products.shape[:3], 2, size, -1, size)
+    ones = torch.ones(size, size, dtype=q.dtype, device=q.device)
     if g is None:
-        after = torch.ones(size, size, dtype=rows.dtype, device=rows.device).tril()
-        return _Chunks(products * torch.stack([after, after.tril(-1)])[:, :, None], rows, keys, rows.new_ones(1))
-    after, reach = segsum(g).exp(), g.cumsum(dim=-1)
+        masks = torch.stack([ones.tril(), ones.tril(-1)])[:, :, None]
+        return Decayed(products * masks, reads, writes, q.new_ones(1))
+    after, reach = decayed(ones, g), g.cumsum(dim=-1)
     before = F.pad(after, (0, 0, 1, -1))  # what reads before token i's decay sees what token i-1 left
-    reach = torch.stack([reach, F.pad(reach, (1, -1))], dim=3).exp()
-    return _Chunks(
+    return Decayed(
         products * torch.stack([after, before], dim=3)[..., None, :],
-        rows * reach[..., None],
-        keys * suffix_sum(g, dim=-1).exp()[:, :, :, None, :, None],
+        reads * torch.stack([reach, F.pad(reach, (1, -1))], dim=3).exp()[..., None],
+        writes * suffix_sum(g, dim=-1).exp()[:, :, :, None, :, None],
         g.sum(dim=-1, keepdim=True).exp(),
     )
 
 
-def _cut(parts: _Chunks, resets: Resets) -> _Chunks:
-    """The same where documents start inside chunks."""
-    return _Chunks(
-        parts.scores * resets.pair[:, None, :, None, :, None, :],
-        parts.reads * resets.carry[:, None, :, None, :, None],
-        parts.writes * resets.last[:, None, :, None, :, None],
-        parts.keep * resets.keep[:, None, :, None],
-    )
+def _solve(parts: Decayed, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """y [B H N C V] and the final state, from the values [B H N C V] and the first state [B H K V].
 
-
-def _solve(parts: _Chunks, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """y [B H N C V] and the final state, from the values [B H N C V] and the first state [B H K V]."""
-    keys, (q, a), (q_scores, a_scores) = state.shape[-2], parts.reads.unbind(dim=3), parts.scores.unbind(dim=3)
-    both = a_scores.shape[-2] == 2
-    known = a_scores[..., 1, :] @ v if both else v
+    ``parts`` holds the reads q, a against the writes b, k inside each chunk, or k alone where b is k.
+    """
+    sizes, (q, a), (q_scores, a_scores) = state.shape[-2:], parts.reads.unbind(3), parts.scores.unbind(3)
+    matrix, *direct = a_scores.unbind(-2)
+    write, *direct_write = parts.keys.transpose(-1, -2).unbind(3)
+    known = direct[0] @ v if direct else v
     # U, or U + V where b is k, is affine in the state that enters: [C K] times it, plus [C V]
-    solved = torch.linalg.solve_triangular(
-        -a_scores[..., 0, :], torch.cat([a, known], dim=-1), upper=False, unitriangular=True)
-    carry = parts.writes[:, :, :, 0].transpose(-1, -2) @ solved
-    move, add = carry[..., :keys] + torch.diag_embed(parts.keep.expand(*carry.shape[:-2], keys)), carry[..., keys:]
-    if both:
-        add = add + parts.writes[:, :, :, 1].transpose(-1, -2) @ v
-    entered, state = _sweep(move, add, state)
-    u = solved[..., :keys] @ entered + solved[..., keys:]
-    return q @ entered + q_scores.flatten(-2) @ (torch.cat([u, v], dim=-2) if both else u), state
+    solved = torch.linalg.solve_triangular(-matrix, torch.cat([a, known], dim=-1), upper=False, unitriangular=True)
+    move, add = (write @ solved).split(sizes, dim=-1)
+    if direct:
+        add = add + direct_write[0] @ v
+    keep = parts.keep.expand(*move.shape[:-1])
+    entered, state = _sweep(move + torch.diag_embed(keep), add, state)
+    slope, offset = solved.split(sizes, dim=-1)
+    u = slope @ entered + offset
+    return q @ entered + q_scores.flatten(-2) @ (torch.cat([u, v], dim=-2) if direct else u), state
 
 
 def _sweep(move: Tensor, add: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

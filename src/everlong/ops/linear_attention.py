@@ -17,8 +17,9 @@ from torch import Tensor
 from ..shapes import check_starts, dims, state_dtype
 from . import dispatch
 from .cases import Case
-from .common import Resets, decayed_scores, heads_first, heads_last, loop, suffix_sum
+from .common import heads_first, heads_last, loop, suffix_sum
 from .decay import decayed
+from .key_decay import decay_pairs
 
 SEQUENCE = ("q", "k", "v", "g")
 CHUNK = 64
@@ -116,23 +117,16 @@ def _per_key(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, *, bonus: Tensor
              starts: Tensor | None) -> tuple[Tensor, Tensor]:
     """One decay per key channel, or a bonus."""
     length = q.shape[1]
-    q, k, v = (heads_first(x, CHUNK) for x in (q, k, v))
-    g = torch.zeros_like(q) if g is None else heads_first(g, CHUNK)
-    g = g if g.dim() == 5 else g[..., None].expand_as(q)
-    resets = None if starts is None else Resets.of(starts, CHUNK)
-    scores = decayed_scores(q, k, g, before=bonus is not None)
-    if bonus is not None:
-        scores = scores + torch.diag_embed((q * bonus.to(q.dtype)[:, None, None] * k).sum(-1))
-    reach = g.cumsum(dim=-2)
-    if bonus is not None:
-        reach = torch.cat([torch.zeros_like(reach[..., :1, :]), reach[..., :-1, :]], dim=-2)
-    read, write, keep = q * reach.exp(), k * suffix_sum(g, dim=-2).exp(), g.sum(dim=-2).exp()
-    if resets is not None:
-        scores = scores * resets.pair[:, None]
-        read = read * resets.carry[:, None, ..., None]
-        write = write * resets.last[:, None, ..., None]
-        keep = keep * resets.keep[:, None, :, None]
-    before, state = _carry(write.transpose(-1, -2) @ v, keep[..., None], state)
+    g = torch.zeros_like(q) if g is None else g if g.dim() == 4 else g[..., None].expand_as(q)
+    own = (q * k if bonus is None else q * bonus.to(q.dtype) * k).sum(-1, keepdim=True)
+    if starts is not None:  # a document that starts decays by exp(-inf) = 0, and reads nothing from before its decay
+        q, g = q.masked_fill(starts[..., None, None], 0.0), g.masked_fill(starts[..., None, None], float("-inf"))
+    q, k, v, g, own = (heads_first(x, CHUNK) for x in (q, k, v, g, own))
+    decay = g.exp()
+    parts = decay_pairs((q if bonus is not None else q * decay)[:, :, :, None], k[:, :, :, None], decay,
+                        own.squeeze(-1)[:, :, :, None, None])
+    scores, read, write = parts.scores[:, :, :, 0, :, 0], parts.reads[:, :, :, 0], parts.keys[:, :, :, 0]
+    before, state = _carry(write.transpose(-1, -2) @ v, parts.keep[..., None], state)
     return heads_last(scores @ v + read @ before, length), state
 
 
