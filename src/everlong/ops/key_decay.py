@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 class Decayed(NamedTuple):
@@ -32,8 +31,8 @@ def decay_pairs(reads: Tensor, keys: Tensor, decay: Tensor, own: Tensor) -> Deca
     """
     leading = decay.shape[:-2]
     last = len(leading) - 1
-    made = _DecayPairs.apply(*(x.flatten(0, last) for x in (reads, keys, decay, own)))
-    return Decayed(*(x.unflatten(0, leading) for x in made))
+    made = _decay_pairs(*(x.flatten(0, last) for x in (reads, keys, decay, own)))
+    return Decayed(*(x.unflatten(0, leading) for x in made[:4]))
 
 
 class _Level(NamedTuple):
@@ -41,8 +40,7 @@ class _Level(NamedTuple):
 
     reads: Tensor  # [M R N h K] of the later blocks
     keys: Tensor  # [M S N h K] of the earlier blocks
-    early: Tensor  # [M N K] decay over the earlier blocks
-    late: Tensor  # [M N K]
+    keep: Tensor  # [M 2*N K] decays over all blocks
 
 
 def _halves(x: Tensor, size: int) -> tuple[Tensor, ...]:
@@ -71,7 +69,8 @@ def _merge(reads: Tensor, keys: Tensor, keep: Tensor, scores: Tensor, size: int)
     """Merge pairs of blocks of ``size`` tokens in place; returns their decay [M N K] and what was multiplied."""
     (_, late_reads), (early_keys, _) = _halves(reads, size), _halves(keys, size)
     early, late = keep.unflatten(1, (-1, 2)).unbind(2)
-    level = _Level(late_reads.clone(), early_keys.clone(), early, late)
+    dense = torch.contiguous_format
+    level = _Level(late_reads.clone(memory_format=dense), early_keys.clone(memory_format=dense), keep)
     cross = _rows(level.reads) @ _rows(level.keys).transpose(-1, -2)
     (chunks, kinds, blocks), others = late_reads.shape[:3], keys.shape[1]
     cross = cross.view(chunks, blocks, kinds, size, others, size)
@@ -86,39 +85,80 @@ def _unmerge(level: _Level, grads: tuple[Tensor, Tensor, Tensor], grad_keep: Ten
     grad_scores, grad_reads, grad_keys = grads
     size = level.reads.shape[3]
     (_, late_reads), (early_keys, _) = _halves(grad_reads, size), _halves(grad_keys, size)
-    early = grad_keep * level.late + (late_reads * level.reads).sum((1, 3))
-    late = grad_keep * level.early + (early_keys * level.keys).sum((1, 3))
+    early, late = level.keep.unflatten(1, (-1, 2)).unbind(2)
+    grad_early = grad_keep * late + (late_reads * level.reads).sum((1, 3))
+    grad_late = grad_keep * early + (early_keys * level.keys).sum((1, 3))
     cross = _borders(grad_scores, size).movedim(-1, 1).flatten(4, 5).flatten(2, 3).flatten(0, 1)
-    late_reads.mul_(level.early[:, None, :, None]).add_(_kinds(cross @ _rows(level.keys), level.reads))
-    early_keys.mul_(level.late[:, None, :, None])
+    late_reads.mul_(early[:, None, :, None]).add_(_kinds(cross @ _rows(level.keys), level.reads))
+    early_keys.mul_(late[:, None, :, None])
     early_keys.add_(_kinds(cross.transpose(-1, -2) @ _rows(level.reads), level.keys))
-    return torch.stack([early, late], dim=2).flatten(1, 2)
+    return torch.stack([grad_early, grad_late], dim=2).flatten(1, 2)
 
 
-class _DecayPairs(torch.autograd.Function):
-    """reads [M R C K], keys [M S C K], decay [M C K], own [M R S C] -> the fields of ``Decayed``."""
+@torch.library.custom_op("everlong::decay_pairs", mutates_args=())
+def _decay_pairs(reads: Tensor, keys: Tensor, decay: Tensor, own: Tensor) -> list[Tensor]:
+    """The fields of ``Decayed``, then those of each ``_Level``. reads [M R C K], keys [M S C K], decay [M C K]."""
+    reads, keys, keep = (x.clone(memory_format=torch.contiguous_format) for x in (reads, keys, decay))
+    scores = reads.new_zeros(_score_shape(reads, keys))
+    scores.diagonal(dim1=2, dim2=4).copy_(own)
+    levels: list[Tensor] = []
+    size = 1
+    while size < reads.shape[2]:
+        keep, level = _merge(reads, keys, keep, scores, size)
+        levels += level
+        size *= 2
+    return [scores, reads, keys, keep.squeeze(1), *levels]
 
-    @staticmethod
-    def forward(ctx: Any, reads: Tensor, keys: Tensor, decay: Tensor, own: Tensor) -> tuple[Tensor, ...]:
-        chunks, kinds, length, _ = reads.shape
-        reads, keys, keep = (x.clone(memory_format=torch.contiguous_format) for x in (reads, keys, decay))
-        scores = reads.new_zeros(chunks, kinds, length, keys.shape[1], length)
-        scores.diagonal(dim1=2, dim2=4).copy_(own)
-        levels: list[Tensor] = []
-        size = 1
-        while size < length:
-            keep, level = _merge(reads, keys, keep, scores, size)
-            levels += level
-            size *= 2
-        ctx.save_for_backward(*levels)
-        return scores, reads, keys, keep.squeeze(1)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        scores, reads, keys, keep = grads
-        reads, keys, keep = (x.clone(memory_format=torch.contiguous_format) for x in (reads, keys, keep[:, None]))
-        levels = ctx.saved_tensors
-        for end in range(len(levels), 0, -4):
-            keep = _unmerge(_Level(*levels[end - 4 : end]), (scores, reads, keys), keep)
-        return reads, keys, keep, scores.diagonal(dim1=2, dim2=4)
+def _score_shape(reads: Tensor, keys: Tensor) -> tuple[int, ...]:
+    return (*reads.shape[:3], *keys.shape[1:3])
+
+
+@_decay_pairs.register_fake
+def _(reads: Tensor, keys: Tensor, decay: Tensor, own: Tensor) -> list[Tensor]:
+    made = [reads.new_empty(_score_shape(reads, keys)), reads.new_empty(reads.shape), keys.new_empty(keys.shape),
+            decay.new_empty(decay.shape[0], decay.shape[2])]
+    size, length = 1, reads.shape[2]
+    while size < length:
+        pairs = length // size // 2
+        for x in (reads, keys):
+            made.append(x.new_empty(*x.shape[:2], pairs, size, x.shape[3]))
+        made.append(decay.new_empty(decay.shape[0], 2 * pairs, decay.shape[2]))
+        size *= 2
+    return made
+
+
+@torch.library.custom_op("everlong::decay_pairs_backward", mutates_args=())
+def _decay_pairs_backward(grads: list[Tensor], levels: list[Tensor]) -> list[Tensor]:
+    """Gradients of reads, keys, decay and own, from those of the fields of ``Decayed``."""
+    scores = grads[0]
+    reads, keys, keep = (x.clone(memory_format=torch.contiguous_format) for x in (*grads[1:3], grads[3][:, None]))
+    for end in range(len(levels), 0, -3):
+        keep = _unmerge(_Level(*levels[end - 3 : end]), (scores, reads, keys), keep)
+    return [reads, keys, keep, scores.diagonal(dim1=2, dim2=4).clone()]
+
+
+@_decay_pairs_backward.register_fake
+def _(grads: list[Tensor], levels: list[Tensor]) -> list[Tensor]:
+    scores, reads, keys, keep = grads
+    length = reads.shape[2]
+    decay = keep.new_empty(keep.shape[0], length, keep.shape[1])
+    own = scores.new_empty(*scores.shape[:2], scores.shape[3], length)
+    return [torch.empty_like(reads), torch.empty_like(keys), decay, own]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # of the levels, which have none
+    ctx.save_for_backward(*output[4:])
+    ctx.shapes = [x.shape for x in output[:4]]
+
+
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    like = next((grad for grad in grads if grad is not None), None)
+    if like is None:
+        return None, None, None, None
+    given = [like.new_zeros(shape) if grad is None else grad for grad, shape in zip(grads, ctx.shapes, strict=False)]
+    return tuple(_decay_pairs_backward(given, list(ctx.saved_tensors)))
+
+
+_decay_pairs.register_autograd(_backward, setup_context=_save)
