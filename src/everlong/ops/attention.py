@@ -162,15 +162,17 @@ def attention_chunk(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = Non
     time, out = q.shape[1], v.dtype
     if state is not None:
         k, v = k.to(state.k.dtype), v.to(state.v.dtype)
-    if (state is None or state.k.shape[1] == 0) and starts is None:  # one document, and its beginning
+    anew = state is None or state.k.shape[1] == 0
+    if anew and starts is None:  # one document, from its beginning
         return _attend(q, k, v, _View(window), scale).to(out), _filled(k, v, window)
     state = empty_cache(k, v, window) if state is None else state
-    view = _View(window, state.position, slot_positions(state.position, state.k.shape[1]),
-                 None if starts is None else starts.long().cumsum(1))
-    keys, values = torch.cat([state.k, k], dim=1), torch.cat([state.v, v], dim=1)
+    document = None if starts is None else starts.long().cumsum(1)
+    held = slot_positions(state.position, 0 if anew else state.k.shape[1])  # an empty ring is not worth a look
+    view = _View(window, state.position, held, document)
+    keys, values = (k, v) if anew else (torch.cat([state.k, k], dim=1), torch.cat([state.v, v], dim=1))
     y = _attend(q, keys, values, view, scale)
     position = token_positions(state.position, time, starts)[:, -1] + 1
-    index, valid = _sources(position, state.k.shape[1], time, window)
+    index, valid = _sources(position, view.slots, time, window)
     return y.to(out), type(state)(_take(keys, index, valid), _take(values, index, valid), position)
 
 

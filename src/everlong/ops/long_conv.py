@@ -7,6 +7,8 @@ Used by Hyena (arXiv 2302.10866), and by S4 and its kin where they are trained a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,7 +19,7 @@ from . import dispatch
 from .cases import Case
 
 SEQUENCE = ("x",)
-PRODUCT = 64  # halves of documents up to this length meet in a matrix product, longer ones in an FFT
+PRODUCT = 32  # halves of documents up to this length meet in a matrix product, longer ones in an FFT
 
 
 @state
@@ -80,23 +82,57 @@ def long_conv_chunk(x: Tensor, *, kernel: Tensor, state: History,
     return y.to(x.dtype), History(kept)
 
 
+@torch.library.custom_op("everlong::fft_conv", mutates_args=())
 def _fft_conv(x: Tensor, kernel: Tensor, time: int) -> Tensor:
     """The last ``time`` outputs of the convolution of x [B N C] with kernel [C L].  -> [B time C]."""
+    length, size = x.shape[1], _fft_size(x, kernel, time)
+    spectrum = torch.fft.rfft(x.transpose(1, 2), size) * torch.fft.rfft(kernel[:, :length], size)
+    return torch.fft.irfft(spectrum, size)[..., length - time : length].transpose(1, 2).contiguous()
+
+
+@_fft_conv.register_fake
+def _(x: Tensor, kernel: Tensor, time: int) -> Tensor:
+    return x.new_empty(len(x), time, x.shape[2])
+
+
+@torch.library.custom_op("everlong::fft_conv_backward", mutates_args=())
+def _fft_conv_backward(grad: Tensor, x: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and kernel. Autograd's own would take the FFTs of real numbers as complex ones."""
+    length, time, lags = x.shape[1], grad.shape[1], min(x.shape[1], kernel.shape[1])
+    size = _fft_size(x, kernel, time)
+    spectrum = torch.fft.rfft(F.pad(grad.transpose(1, 2), [length - time, 0]), size)
+    weights, inputs = torch.fft.rfft(kernel[:, :length], size), torch.fft.rfft(x.transpose(1, 2), size)
+    grad_x = torch.fft.irfft(spectrum * weights.conj(), size)[..., :length].transpose(1, 2)
+    grad_kernel = torch.fft.irfft((spectrum * inputs.conj()).sum(0), size)[..., :lags]
+    return grad_x.contiguous(), F.pad(grad_kernel, [0, kernel.shape[1] - lags]).contiguous()
+
+
+@_fft_conv_backward.register_fake
+def _(grad: Tensor, x: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), kernel.new_empty(kernel.shape)
+
+
+def _fft_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _fft_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_fft_conv_backward(grad, *ctx.saved_tensors), None)
+
+
+_fft_conv.register_autograd(_fft_gradients, setup_context=_fft_save)
+
+
+def _fft_size(x: Tensor, kernel: Tensor, time: int) -> int:
+    """A power of two, or three quarters of it, so large that what wraps around falls on outputs that nobody reads."""
     length = x.shape[1]
-    lags = min(length, kernel.shape[1])
-    size = _fft_size(max(length, time + lags - 1))  # what wraps around falls on outputs that nobody reads
-    spectrum = torch.fft.rfft(x.transpose(1, 2), size) * torch.fft.rfft(kernel[:, :lags], size)
-    return torch.fft.irfft(spectrum, size)[..., length - time : length].transpose(1, 2)
-
-
-def _fft_size(least: int) -> int:
-    """The next power of two, or three quarters of it."""
-    size = 4
+    least, size = max(length, time + min(length, kernel.shape[1]) - 1), 4
     while size < least:
         size *= 2
     return size * 3 // 4 if size * 3 // 4 >= least else size
 
 
+@torch.library.custom_op("everlong::conv_within_documents", mutates_args=())
 def _within_documents(x: Tensor, kernel: Tensor, document: Tensor) -> Tensor:
     """The convolution where a token sees its own ``document [B T]`` only.  x [B T C], kernel [C L] -> [B T C].
 
@@ -105,30 +141,117 @@ def _within_documents(x: Tensor, kernel: Tensor, document: Tensor) -> Tensor:
     left half, one for what reaches the right half, and an ordinary convolution between. Cost O(T log^2 T) whatever
     the documents are.
     """
-    time, half = x.shape[1], 1
-    size = 1 << (time - 1).bit_length()
-    x = F.pad(x.permute(2, 0, 1), [0, size - time])  # [C B size]
-    document = F.pad(document, [0, size - time])
-    kernel = F.pad(kernel[:, :size], [0, max(size - kernel.shape[1], 0)])
-    y = x * kernel[:, None, :1]
-    while half < size:
-        left = x.unflatten(2, (-1, 2, half))[:, :, :, 0]
-        own, others = document.unflatten(1, (-1, 2, half)).unbind(2)
-        right = _across(left * (own == own[..., -1:]), kernel[:, : 2 * half]) * (others == own[..., -1:])
-        before, after = y.unflatten(2, (-1, 2, half)).unbind(3)
-        y = torch.stack([before, after + right], dim=3).flatten(2)
+    wide, weights, levels = _padded(x), _cropped(x, kernel), _levels(document, x.dtype)
+    y = wide * weights[:, None, :1]
+    for half, leaves, arrives in levels:
+        across = _across(_halves(wide, half)[0] * leaves, weights[:, : 2 * half])
+        _halves(y, half)[1].addcmul_(across, arrives)
+    return y[..., : x.shape[1]].permute(1, 2, 0).contiguous()
+
+
+@_within_documents.register_fake
+def _(x: Tensor, kernel: Tensor, document: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("everlong::conv_within_documents_backward", mutates_args=())
+def _within_backward(grad: Tensor, x: Tensor, kernel: Tensor, document: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and kernel, by the same halves."""
+    inputs, outer, weights = _padded(x), _padded(grad), _cropped(x, kernel)
+    grad_x, grad_kernel = outer * weights[:, None, :1], torch.zeros_like(weights)
+    grad_kernel[:, 0] = (outer * inputs).sum((1, 2))
+    for half, leaves, arrives in _levels(document, x.dtype):
+        right = _halves(outer, half)[1] * arrives
+        _halves(grad_x, half)[0].addcmul_(_back(right, weights[:, : 2 * half]), leaves)
+        grad_kernel[:, : 2 * half] += _products(_halves(inputs, half)[0] * leaves, right)
+    used = min(kernel.shape[1], weights.shape[1])
+    grad_kernel = F.pad(grad_kernel[:, :used], [0, kernel.shape[1] - used])
+    return grad_x[..., : x.shape[1]].permute(1, 2, 0).contiguous(), grad_kernel.contiguous()
+
+
+@_within_backward.register_fake
+def _(grad: Tensor, x: Tensor, kernel: Tensor, document: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), kernel.new_empty(kernel.shape)
+
+
+def _within_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _within_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_within_backward(grad, *ctx.saved_tensors), None)
+
+
+_within_documents.register_autograd(_within_gradients, setup_context=_within_save)
+
+
+def _room(time: int) -> int:
+    """The power of two that holds ``time`` tokens."""
+    return 1 << (time - 1).bit_length()
+
+
+def _padded(x: Tensor) -> Tensor:
+    """``[B T C] -> [C B size]`` with zeros behind the tokens."""
+    return F.pad(x.permute(2, 0, 1), [0, _room(x.shape[1]) - x.shape[1]])
+
+
+def _cropped(x: Tensor, kernel: Tensor) -> Tensor:
+    """As many lags as padded tokens, zeros where the kernel has none."""
+    size = _room(x.shape[1])
+    return F.pad(kernel[:, :size], [0, max(size - kernel.shape[1], 0)])
+
+
+def _halves(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
+    """Views of the left and right halves of blocks of ``2 half`` tokens.  [... T] -> twice [... N half]."""
+    left, right = x.unflatten(-1, (-1, 2, half)).unbind(-2)
+    return left, right
+
+
+def _levels(document: Tensor, dtype: torch.dtype) -> list[tuple[int, Tensor, Tensor]]:
+    """For halves of 1, 2, 4, ... tokens: masks of what leaves left ones and of what reaches right ones, [B N half]."""
+    document = F.pad(document, [0, _room(document.shape[1]) - document.shape[1]])
+    levels, half = [], 1
+    while half < document.shape[1]:
+        left, right = _halves(document, half)
+        border = left[..., -1:]
+        levels.append((half, (left == border).to(dtype), (right == border).to(dtype)))
         half *= 2
-    return y[..., :time].permute(1, 2, 0)
+    return levels
+
+
+def _hankel(kernel: Tensor) -> Tensor:
+    """``[C 2c] -> [C c c]``: the kernel at lag 1 + row + column; rows flipped, lag ``c + t - s`` at row s, column t."""
+    return kernel[:, 1:].unfold(1, kernel.shape[1] // 2, 1)
 
 
 def _across(left: Tensor, kernel: Tensor) -> Tensor:
     """What left halves [C B N c] give to the right halves after them, by kernel [C 2c].  -> [C B N c]."""
     half = left.shape[3]
+    if half <= PRODUCT:
+        return (left.flatten(1, 2) @ _hankel(kernel).flip(1)).unflatten(1, left.shape[1:3])
+    spectrum = torch.fft.rfft(left, 2 * half) * torch.fft.rfft(kernel)[:, None, None]
+    return torch.fft.irfft(spectrum, 2 * half)[..., half:]
+
+
+def _back(right: Tensor, kernel: Tensor) -> Tensor:
+    """The transpose of ``_across``: gradients of right halves to those of left ones."""
+    half = right.shape[3]
+    if half <= PRODUCT:
+        return (right.flatten(1, 2) @ _hankel(kernel).flip(2)).unflatten(1, right.shape[1:3])
+    spectrum = torch.fft.rfft(F.pad(right, [half, 0])) * torch.fft.rfft(kernel)[:, None, None].conj()
+    return torch.fft.irfft(spectrum, 2 * half)[..., :half]
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """``sum left_s right_t`` over all blocks and pairs of lag ``c + t - s``: the gradient of the kernel.  -> [C 2c]."""
+    half = left.shape[3]
     if half > PRODUCT:
-        spectrum = torch.fft.rfft(left, 2 * half) * torch.fft.rfft(kernel)[:, None, None]
-        return torch.fft.irfft(spectrum, 2 * half)[..., half:]
-    toeplitz = kernel[:, 1:].unfold(1, half, 1).flip(1)  # [C s t] = kernel at lag half + t - s
-    return (left.flatten(1, 2) @ toeplitz).unflatten(1, left.shape[1:3])
+        spectrum = torch.fft.rfft(left, 2 * half).conj() * torch.fft.rfft(F.pad(right, [half, 0]))
+        return torch.fft.irfft(spectrum.sum((1, 2)), 2 * half)
+    columns = left.flatten(1, 2).transpose(1, 2).contiguous()  # one copy, where bmm would make one per channel
+    pairs = (columns @ right.flatten(1, 2)).flip(1)  # [C c c], lag 1 + row + column
+    slanted = F.pad(pairs, [0, half]).flatten(1)[:, :-half]  # each row moves by one
+    return F.pad(slanted.unflatten(1, (half, 2 * half - 1)).sum(1), [1, 0])
 
 
 TABLE = (
