@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -341,10 +342,10 @@ def check(subject: Subject, law: str) -> None:
         ) from error
 
 
-def subjects(mixer: type) -> list[Subject]:
+def subjects(mixer: Any) -> list[Subject]:
     """One subject per example configuration of a mixer class."""
     name = mixer.__name__
     return [
-        Subject(name if label == "default" else f"{name}, {label}", cfg, lambda cfg=cfg: cfg.build(64))
+        Subject(name if label == "default" else f"{name}, {label}", cfg, partial(cfg.build, 64))
         for label, cfg in mixer.examples().items()
     ]

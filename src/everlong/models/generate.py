@@ -99,7 +99,7 @@ class generate(Iterator[int]):  # noqa: N801 - reads as a function, ends like an
         elif not tokens.numel():
             raise ValueError("the prompt is empty; give at least one token, or a session to go on from")
         self._check(tokens)
-        before = None if session is None else session.state
+        before: Any = None if session is None else session.state
         if tokens.numel():
             self._logits, self._state = model.read(tokens, before, piece=piece)
         else:

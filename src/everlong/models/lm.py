@@ -70,7 +70,7 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(cfg.vocab_size, cfg.d_model)
         nn.init.normal_(self.embedding.weight, std=cfg.embed_std)
         self.embed_norm = cfg.embed_norm.build(cfg.d_model) if cfg.embed_norm else None
-        self.layers = nn.ModuleList(
+        self.layers: Any = nn.ModuleList(
             layer.build(cfg.d_model, base.Depth(index, total)) for index, layer in enumerate(cfg.layers)
         )
         self.norm = cfg.norm.build(cfg.d_model)

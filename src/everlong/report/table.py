@@ -39,8 +39,9 @@ def _row(name: str) -> Row:
         layer = mixer.Config().build(WIDTH)
     parameters = sum(p.numel() for p in layer.parameters())
     small, large = (state_bytes(layer, length) for length in (1024, 1024**2))
-    costs = ((2 * parameters + size) / 1e6 for size in (small, large))  # 4 operations per number of 4 bytes
-    return Row(name, mixer.equation, layer.memory, parameters, small, large, *costs, ", ".join(backends(mixer)))
+    cost_1k, cost_1m = ((2 * parameters + held) / 1e6 for held in (small, large))  # 4 operations per number of 4 bytes
+    names = ", ".join(backends(mixer))
+    return Row(name, mixer.equation, layer.memory, parameters, small, large, cost_1k, cost_1m, names)
 
 
 def state_bytes(module: Any, length: int, batch: int = 1) -> int:

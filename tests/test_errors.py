@@ -1,0 +1,183 @@
+"""Bad input gets a message that says what, got, expected and the remedy; nothing is lost."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import everlong
+from everlong import state as states
+from everlong.config import find
+from everlong.models.blocks import Layer, SwiGLU
+from everlong.models.generate import new_session
+from everlong.models.lm import LanguageModel
+from everlong.ops.linear_attention import linear_attention
+
+
+@pytest.fixture
+def model():
+    return small("gla")
+
+
+def small(mixer, **changes):
+    layer = Layer.Config(mixer=find(mixer).Config(), mlp=SwiGLU.Config())
+    return LanguageModel.Config(vocab_size=100, d_model=64, layers=(layer,) * 2, **changes).build()
+
+
+TOKENS = torch.randint(0, 100, (2, 12))
+
+
+def test_unknown_mixer():
+    with pytest.raises(ValueError, match="no mixer or block 'retentoin'; did you mean 'retention'"):
+        find("retentoin")
+    with pytest.raises(ValueError, match="cannot import 'no_such_package.mixer'.*PYTHONPATH"):
+        find("no_such_package.mixer")
+
+
+def test_unknown_config_key():
+    with pytest.raises(ValueError, match=r"GLA.Config has no option 'n_head'; did you mean 'n_heads'"):
+        find("gla").Config.from_dict({"kind": "gla", "n_head": 2})
+    with pytest.raises(ValueError, match="n_heads must be int, got 'four'"):
+        find("gla").Config.from_dict({"n_heads": "four"})
+
+
+def test_wrong_shapes_and_dtypes(model):
+    with pytest.raises(ValueError, match=r"tokens has shape \[12\], expected 2 axes \[B T\]"):
+        model(TOKENS[0])
+    with pytest.raises(ValueError, match="tokens have dtype torch.float32, expected int64 ids"):
+        model(TOKENS.float())
+    with pytest.raises(ValueError, match=r"x has shape \[2, 5, 32\], expected \[B T 64\]"):
+        model.layers[0].mixer(torch.randn(2, 5, 32))
+    with pytest.raises(ValueError, match="x has dtype torch.int64, expected a floating dtype"):
+        model.layers[0].mixer(torch.ones(2, 5, 64, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"k has shape \[1, 5, 2, 4\], .* with K = 8 \(from q\), got K = 4"):
+        q = torch.randn(1, 5, 2, 8)
+        linear_attention(q, q[..., :4], q)
+    with pytest.raises(ValueError, match=r"starts has shape \[2, 5\], expected \[B T\] = \[2, 12\]"):
+        model(TOKENS, starts=torch.zeros(2, 5, dtype=torch.bool))
+    with pytest.raises(ValueError, match="starts has dtype torch.int64, expected torch.bool"):
+        model(TOKENS, starts=torch.zeros(2, 12, dtype=torch.int64))
+
+
+def test_zero_length(model):
+    with pytest.raises(ValueError, match=r"tokens are empty \(T = 0\)"):
+        model(TOKENS[:, :0])
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        everlong.generate(model, [])
+
+
+def test_state_of_another_model_or_batch(model):
+    _, state = model(TOKENS)
+    with pytest.raises(ValueError, match="state holds 2 rows, expected a batch of 1"):
+        model(TOKENS[:1], state)
+    _, other = small("retention")(TOKENS)
+    with pytest.raises(ValueError, match="state is of another model"):
+        model(TOKENS, other)
+    wider = LanguageModel.Config(vocab_size=100, d_model=128, layers=model.cfg.layers).build()
+    with pytest.raises(ValueError, match=r"another model: layers.0.0.memory has shape \[2, 4, 8, 16\]"):
+        wider(TOKENS, state)
+    with pytest.raises(ValueError, match="dtype torch.float32, expected torch.float64"):
+        model.double()(TOKENS, state)
+
+
+def test_out_of_vocabulary(model):
+    with pytest.raises(ValueError, match="token ids from 5 to 100, expected 0 to 99"):
+        model(torch.tensor([[5, 100]]))
+    with pytest.raises(ValueError, match="expected 0 to 99; encode it with this model's tokenizer"):
+        everlong.generate(model, [3, -1])
+
+
+def test_truncated_and_tampered_checkpoints(model, tmp_path):
+    with pytest.raises(ValueError, match=r"no model in .*config.json is missing"):
+        everlong.load(tmp_path)
+    everlong.save(model, tmp_path)
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    whole, text = weights.read_bytes(), config.read_text()
+    weights.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="not the file that was saved.*truncated or altered"):
+        everlong.load(tmp_path)
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match="not the file that was saved"):
+        everlong.load(tmp_path)
+    weights.write_bytes(whole)
+    config.write_text(text[:50])
+    with pytest.raises(ValueError, match="not valid JSON"):
+        everlong.load(tmp_path)
+    data = json.loads(text)
+    data["model"]["d_modle"] = data["model"].pop("d_model")
+    config.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="no option 'd_modle'; did you mean 'd_model'"):
+        everlong.load(tmp_path)
+    data = json.loads(text)
+    data["model"]["d_model"] = 128
+    config.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"does not fit its config: .* has shape"):
+        everlong.load(tmp_path)
+    config.write_text(text)
+    assert torch.equal(everlong.load(tmp_path)(TOKENS)[0], model.eval()(TOKENS)[0])
+    weights.unlink()
+    with pytest.raises(ValueError, match="holds a config.json but no model.safetensors"):
+        everlong.load(tmp_path)
+
+
+def test_nan_in_the_weights(model, tmp_path):
+    with torch.no_grad():
+        model.layers[1].mixer.k_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="logits are not finite; its weights hold NaN"):
+        next(everlong.generate(model, [1, 2]))
+    everlong.save(model, tmp_path)
+    with pytest.raises(ValueError, match="layers.1.mixer.k_proj.weight holds NaN or infinity"):
+        everlong.load(tmp_path)
+
+
+def test_damaged_or_foreign_session(model, tmp_path):
+    path = tmp_path / "session.safetensors"
+    states.save(new_session(model), path)
+    with pytest.raises(ValueError, match="holds the state of another model"):
+        states.load(path, new_session(small("lstm")))
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        states.load(path, new_session(model))
+    with pytest.raises(ValueError, match="no file"):
+        states.load(tmp_path / "nowhere", new_session(model))
+
+
+def test_full_disk_while_saving(model, tmp_path):
+    everlong.save(model, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    code = (
+        "import sys, resource, signal, everlong; model = everlong.load(sys.argv[1]);"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+        "try: everlong.save(model, sys.argv[1])\n"
+        "except OSError as error: print(error)"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert "could not write" in run.stdout and "the previous file, if any, is intact" in run.stdout, run
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_bad_sampling():
+    with pytest.raises(ValueError, match="top_p must be between 0 and 1, got 1.5"):
+        everlong.Sampling(top_p=1.5)
+    with pytest.raises(ValueError, match="temperature must be between"):
+        everlong.Sampling(temperature=-1)
+
+
+def test_backend_by_name():
+    q = torch.randn(1, 5, 2, 8)
+    with pytest.raises(ValueError, match="no backend 'torhc' for this op; did you mean 'torch'"):
+        linear_attention(q, q, q, backend="torhc")
+
+
+def test_mixing_matrix_of_a_nonlinear_mixer():
+    with pytest.raises(ValueError, match="LSTM is not linear in its values"):
+        find("lstm").Config().build(64).mixing_matrix(torch.randn(1, 4, 64))
+
+
+def test_the_command_line_says_it_in_one_line(tmp_path):
+    for arguments in (["generate", str(tmp_path), "x"], ["check", "mamba3"], ["compare", "--mixers", "mambo"],
+                      ["train", str(tmp_path / "nothing.txt"), "--out", str(tmp_path / "out")]):
+        run = subprocess.run([sys.executable, "-m", "everlong.cli", *arguments], capture_output=True, text=True, cwd=tmp_path)
+        assert run.returncode == 2 and run.stderr.startswith("error: ") and "Traceback" not in run.stderr, run.stderr
