@@ -61,6 +61,14 @@ def test_batch_is_a_function_of_seed_and_step():
         assert not torch.equal(first.tokens, other.tokens)
 
 
+def test_shortest_length_for_the_pairs_of_the_batch():
+    task = MQAR.Config(vocab_size=64, length=None, pairs=(2, 8)).build()
+    shapes = {tuple(task.batch(step, SimpleNamespace(batch=4, context=32, seed=0)).tokens.shape) for step in range(20)}
+    assert shapes == {(16, 8), (4, 32)}
+    tokens, targets, _ = task.batch(0, SimpleNamespace(batch=4, context=32, seed=0))
+    assert ((targets != -100).sum(dim=1) * 4 == tokens.shape[1]).all()  # every slot is a query
+
+
 def test_mixed_pairs_are_drawn_evenly():
     counts = {n: 0 for n in (1, 2, 4)}
     for step in range(300):
@@ -71,7 +79,8 @@ def test_mixed_pairs_are_drawn_evenly():
 @pytest.mark.parametrize("options, message", [
     ({"pairs": (17,)}, "17 pairs and their queries need a length of 68, got 64"),
     ({"pairs": ()}, "pairs must be numbers >= 1"),
-    ({"vocab_size": 64}, "vocab_size must be even and greater than length 64"),
+    ({"vocab_size": 16}, "8 pairs need an even vocab_size of at least 18, got 16"),
+    ({"vocab_size": 65}, "8 pairs need an even vocab_size"),
     ({"power": 0.0}, "power must be positive"),
 ])
 def test_bad_settings(options, message):

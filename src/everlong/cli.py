@@ -27,7 +27,7 @@ def compare(
                                         "`everlong list`, dotted paths of your own.",
                                         )] = "attention,mamba,mamba2,rwkv7,griffin,jamba",
     params: Annotated[int | None, typer.Option(help="Parameters of every model, within 5 %.",
-                                               show_default="500,000")] = None,
+                                               show_default="400,000")] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens that every model is trained on.",
                                                show_default="chosen for a run of some 5 minutes")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the results.", show_default="runs/compare")] = None,

@@ -123,7 +123,8 @@ def _buckets(values: Tensor) -> list[tuple[int, float]]:
 def recall_accuracy(model: LanguageModel, task: MQAR.Config, sequences: int, seed: int) -> float:
     """The share of queries answered right, over ``sequences`` sequences that training has not seen."""
     made, right, asked, step = task.build(), 0, 0, 0
-    wanted = SimpleNamespace(batch=min(sequences, max(8, 2**15 // task.length)), seed=seed + TEST_SEED)
+    length = task.length or 4 * max(task.pairs)
+    wanted = SimpleNamespace(batch=min(sequences, max(8, 2**15 // length)), context=length, seed=seed + TEST_SEED)
     while step * wanted.batch < sequences:
         tokens, targets, _ = made.batch(step, wanted)
         with torch.no_grad():

@@ -29,12 +29,14 @@ class MQAR:
     class Config(config.Config):
         """``pairs``: each batch has one of these numbers of pairs, drawn evenly. ``power`` is a above.
 
+        ``length`` None is the shortest for the pairs of the batch, 4 n, in as many more rows: most queries per token.
         ``random_non_queries`` fills the gaps with random tokens (False: zeros, as in the paper's figure).
-        ``ValueError`` unless 4 n <= length < vocab_size and there are n keys.
+        ``ValueError`` unless 4 n <= length and there are n keys, vocab_size >= 2 n + 2 (the paper also has more tokens
+        than the length).
         """
 
         vocab_size: int = 8192
-        length: int = 64
+        length: int | None = 64
         pairs: tuple[int, ...] = (4,)
         power: float = 0.01
         random_non_queries: bool = True
@@ -43,11 +45,12 @@ class MQAR:
             if not self.pairs or min(self.pairs) < 1:
                 raise ValueError(f"pairs must be numbers >= 1, got {list(self.pairs)}")
             most = max(self.pairs)
-            if self.length < 4 * most:
-                raise ValueError(f"{most} pairs and their queries need a length of {4 * most}, got {self.length}")
-            if self.vocab_size <= self.length or self.vocab_size % 2:
+            length = 4 * most if self.length is None else self.length
+            if length < 4 * most:
+                raise ValueError(f"{most} pairs and their queries need a length of {4 * most}, got {length}")
+            if self.vocab_size < 2 * most + 2 or self.vocab_size % 2:
                 raise ValueError(
-                    f"vocab_size must be even and greater than length {self.length}, got {self.vocab_size}"
+                    f"{most} pairs need an even vocab_size of at least {2 * most + 2}, got {self.vocab_size}"
                 )
             if not self.power > 0:
                 raise ValueError(f"power must be positive, got {self.power}")
@@ -70,10 +73,14 @@ class MQAR:
         return config.dumps(self.cfg)
 
     def batch(self, step: int, cfg: Any) -> Batch:
-        """Batch ``step`` for training with ``cfg`` (its ``batch`` and ``seed`` are used): [batch length]."""
+        """Batch ``step`` for training with ``cfg``, whose ``batch``, ``context`` and ``seed`` are used.
+
+        [batch length]; with a length of None [batch * context / 4n 4n].
+        """
         generator = torch.Generator().manual_seed(_seed(cfg.seed, step))
-        chosen = int(torch.randint(len(self.cfg.pairs), (), generator=generator))
-        return sample(self.cfg, cfg.batch, self.cfg.pairs[chosen], generator)
+        chosen = self.cfg.pairs[int(torch.randint(len(self.cfg.pairs), (), generator=generator))]
+        rows = cfg.batch if self.cfg.length else max(1, cfg.batch * cfg.context // (4 * chosen))
+        return sample(self.cfg, rows, chosen, generator)
 
 
 MQAR.Config.owner = MQAR
@@ -89,13 +96,13 @@ def _seed(seed: int, step: int) -> int:
 
 def sample(task: MQAR.Config, batch: int, pairs: int, generator: torch.Generator) -> Batch:
     """``batch`` sequences with ``pairs`` pairs each, drawn from ``generator``."""
-    half = task.vocab_size // 2
+    half, length = task.vocab_size // 2, task.length or 4 * pairs
     keys = 1 + _distinct(torch.ones(half - 1), batch, pairs, generator)
     values = half + _distinct(torch.ones(half), batch, pairs, generator)
-    space = (task.length - 2 * pairs) // 2
+    space = (length - 2 * pairs) // 2
     slots = _distinct(torch.arange(1, space + 1).double() ** (task.power - 1), batch, pairs, generator)
     places = 2 * pairs + 2 * slots
-    tokens = torch.zeros(batch, task.length, dtype=torch.int64)
+    tokens = torch.zeros(batch, length, dtype=torch.int64)
     tokens[:, : 2 * pairs] = torch.stack([keys, values], dim=-1).flatten(1)
     tokens.scatter_(1, places, keys)
     if task.random_non_queries:
