@@ -14,7 +14,7 @@ ROOT = Path(everlong.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 LEVELS = [
     {"shapes", "config", "files", "numerics", "tokenizer"}, {"state"}, {"ops"}, {"mixers"}, {"models"}, {"checkpoints", "laws"},
-    {"train", "tasks", "bench"}, {"report", "serve"}, {"compare"}, {"cli"},
+    {"train", "tasks"}, {"report"}, {"compare"}, {"cli"},
 ]
 
 

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 import torch
-from test_ops import MODULES, OPS, is_tensor, later_state, op_of, some_starts, with_gradients
 
 from everlong import laws, numerics, state
 from everlong.ops import dispatch, native
 from everlong.ops.cases import CASES, Case
+from test_ops import MODULES, OPS, is_tensor, later_state, op_of, some_starts, with_gradients
 
 BUILDS = [build for build in native.supported() if (native.FOLDER / f"_{build}.so").exists()]
 KERNELS = [(n, v) for n, v in OPS if any(row.name == "native" for row in MODULES[n].TABLE)]

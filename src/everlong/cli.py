@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -68,9 +68,9 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that hold this share.")] = 0.95,
     min_p: Annotated[float, typer.Option(help="Leave out tokens below this share of the likeliest one.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: make repeated tokens less likely.")] = 1.0,
-    seed: Annotated[Optional[int], typer.Option(help="Draw the same text again.")] = None,
-    stop: Annotated[Optional[list[str]], typer.Option(help="End before this text; may be given again.")] = None,
-    session: Annotated[Optional[Path], typer.Option(help="Go on from the session in this file, if it exists, and "
+    seed: Annotated[int | None, typer.Option(help="Draw the same text again.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
+    session: Annotated[Path | None, typer.Option(help="Go on from the session in this file, if it exists, and "
                                                     "save it there at the end.")] = None,
 ) -> None:
     """Continue a text, streaming.
@@ -80,8 +80,8 @@ def generate(
       cat book.txt | everlong generate runs/compare/rwkv7 --max-tokens 500 --seed 1\n
       everlong generate MODEL "Once upon" --session chat.safetensors   [dim](again: it goes on from there)[/]
     """
-    from .models.generate import Sampling
     from .checkpoints.stream import continue_text
+    from .models.generate import Sampling
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                         repetition_penalty=repetition_penalty, seed=seed)
@@ -178,7 +178,6 @@ def main() -> None:
         app()
     except (ValueError, OSError) as error:
         from rich.console import Console
-
         from rich.markup import escape
 
         Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)

@@ -94,12 +94,7 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
     """``value`` from JSON as ``hint`` asks: configs, tuples and numbers; ``ValueError`` where it does not fit."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        if isinstance(value, dict):
-            return Config.from_dict(value)
-        options = [arg for arg in args if arg is not type(None)]
-        return _typed(value, options[0], name) if len(options) == 1 else value
+        return _one_of(value, args, name)
     if origin is tuple:
         if not isinstance(value, (tuple, list)):
             raise ValueError(f"{name} must be a list, got {value!r}")
@@ -111,6 +106,15 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
     if hint in (int, float, bool, str) and type(value) is not hint:
         raise ValueError(f"{name} must be {hint.__name__}, got {value!r}")
     return value
+
+
+def _one_of(value: Any, options: tuple[Any, ...], name: str) -> Any:
+    if value is None and type(None) in options:
+        return None
+    if isinstance(value, dict):
+        return Config.from_dict(value)
+    given = [option for option in options if option is not type(None)]
+    return _typed(value, given[0], name) if len(given) == 1 else value
 
 
 def kind_of(owner: type) -> str:

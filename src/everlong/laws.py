@@ -20,7 +20,7 @@ from torch import Tensor
 from . import state as states
 from .config import Config
 from .files import atomic_save_tensors, read_tensors
-from .numerics import TOLERANCE, assert_close
+from .numerics import assert_close
 
 LENGTHS = (1, 2, 63, 100)
 
@@ -157,7 +157,7 @@ def rows(subject: Subject) -> None:
     want, final = module(x)
     then, _ = module(more, final)
     order = [2, 0, 2, 1]
-    got, ours = module(x[order])
+    got, _ = module(x[order])
     same(got, want[order], "output of reordered rows")
     same(module(more[order], states.gather(final, order))[0], then[order], "output from a gathered state")
     same(module.step(more[order][:, 0], states.gather(final, order))[0], then[order][:, 0], "step from gathered rows")
@@ -276,10 +276,7 @@ def bfloat16(subject: Subject) -> None:
         got, _ = module(x)
         if got.dtype != torch.bfloat16:
             raise AssertionError(f"bf16 in gave {got.dtype} out")
-        want, limit = exact(x.double())[0].to(torch.bfloat16), TOLERANCE[torch.bfloat16]
-        assert_close(got.flatten(), want.flatten(), "bf16 output", limit)
-        # a single token may be worse: where products cancel and a norm follows, rounded inputs are magnified
-        assert_close(got, want, "a token's bf16 output", 3 * limit)
+        assert_close(got, exact(x.double())[0].to(torch.bfloat16), "bf16 output")
 
 
 @torch.no_grad()

@@ -1,0 +1,1 @@
+"""Models in folders, and text from them."""

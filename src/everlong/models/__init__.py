@@ -1,0 +1,1 @@
+"""Models: layers, the language model, presets of published sizes, generation."""

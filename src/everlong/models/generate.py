@@ -80,7 +80,7 @@ def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-class generate(Iterator[int]):  # noqa: N801 - reads as a function, ends like an iterator
+class generate(Iterator[int]):
     """Yields token ids that continue ``prompt`` (ids), at most ``max_tokens``, until one of ``stop_ids``.
 
     ``session`` goes on from an earlier generation (the prompt may then be empty). After or during the
@@ -112,7 +112,7 @@ class generate(Iterator[int]):  # noqa: N801 - reads as a function, ends like an
 
     def _check(self, tokens: Tensor) -> None:
         vocabulary = self.model.cfg.vocab_size
-        if tokens.numel() and not (0 <= int(tokens.min()) and int(tokens.max()) < vocabulary):
+        if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary):
             raise ValueError(
                 f"the prompt holds ids from {int(tokens.min())} to {int(tokens.max())}, expected 0 to "
                 f"{vocabulary - 1}; encode it with this model's tokenizer"

@@ -1,9 +1,9 @@
-"""What the ops share: the loop that defines them, chunking along time, and resets inside a chunk."""
+"""What the ops share: the loop that defines them, and chunking along time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,26 +50,6 @@ def heads_first(x: Tensor, size: int) -> Tensor:
 def heads_last(y: Tensor, length: int) -> Tensor:
     """``[B H N C V] -> [B T H V]``, the padding dropped."""
     return y.movedim(1, 3).flatten(1, 2)[:, :length]
-
-
-class Resets(NamedTuple):
-    """Which tokens of a chunk see which, given document starts. All bool; ``[B N ...]``."""
-
-    pair: Tensor  # [B N C C] token i and token j are of the same document
-    carry: Tensor  # [B N C] token i still sees the state that entered the chunk
-    last: Tensor  # [B N C] token j is of the document that leaves the chunk
-    keep: Tensor  # [B N] the state that entered also leaves
-
-    @classmethod
-    def of(cls, starts: Tensor, size: int) -> Resets:
-        """From ``starts`` bool ``[B T]`` for chunks of ``size`` tokens."""
-        document = to_chunks(starts.long(), size).cumsum(dim=2)
-        return cls(
-            pair=document[..., :, None] == document[..., None, :],
-            carry=document == 0,
-            last=document == document[..., -1:],
-            keep=document[..., -1] == 0,
-        )
 
 
 def previous(x: Tensor, last: Tensor, starts: Tensor | None) -> Tensor:

@@ -109,16 +109,15 @@ def show() -> None:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=NOTE, caption_justify="left")
-    table.add_column("architecture", min_width=30)
+    table.add_column("architecture, backends, equation", min_width=34, max_width=34 if Console().width < 100 else None)
     table.add_column("memory")
     for column in ("state of a layer", "Mop / token"):
         table.add_column(column, justify="right")
-    table.add_column("backends")
     colours = {"constant": "green", "window": "cyan", "linear": "yellow"}
     for row in rows():
         colour = colours.get(row.memory, "white")
         table.add_row(
-            f"[bold]{row.name}[/]\n[dim]{escape(row.equation)}[/]", f"[{colour}]{row.memory}[/]",
-            _pair(size(row.state_1k), size(row.state_1m)), _cost(row), row.backends,
+            f"[bold]{row.name}[/]  [dim]{row.backends}[/]\n{escape(row.equation)}", f"[{colour}]{row.memory}[/]",
+            _pair(size(row.state_1k), size(row.state_1m)), _cost(row),
         )
     Console().print(table)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +24,8 @@ def _flat(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 @torch.library.custom_op("everlong::selective_scan_native", mutates_args=(), device_types="cpu")
-def _forward(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, D: Optional[Tensor], state: Tensor,
-             starts: Optional[Tensor], keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, D: Tensor | None, state: Tensor,
+             starts: Tensor | None, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """y, final state, and the states at every 32nd token (none unless ``keep``)."""
     (batch, time, channels), keys = x.shape, A.shape[1]
     y, final = torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(state)
@@ -36,15 +36,15 @@ def _forward(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, D: Optional
 
 
 @_forward.register_fake
-def _(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, D: Optional[Tensor], state: Tensor,
-      starts: Optional[Tensor], keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, D: Tensor | None, state: Tensor,
+      starts: Tensor | None, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     chunks = -(-x.shape[1] // CHUNK) if keep else 0
     return torch.empty_like(x), torch.empty_like(state), state.new_empty(x.shape[0], chunks, *A.shape)
 
 
 @torch.library.custom_op("everlong::selective_scan_native_backward", mutates_args=(), device_types="cpu")
-def _backward(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, D: Optional[Tensor], kept: Tensor,
-              starts: Optional[Tensor], gy: Tensor, gfinal: Tensor) -> list[Tensor]:
+def _backward(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, D: Tensor | None, kept: Tensor,
+              starts: Tensor | None, gy: Tensor, gfinal: Tensor) -> list[Tensor]:
     """Gradients of x, dt, B, C, A, D and the initial state, fp32."""
     (batch, time, channels), keys = x.shape, A.shape[1]
     groups = max(1, min(torch.get_num_threads(), channels // 16))
@@ -57,8 +57,8 @@ def _backward(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, D: Optiona
 
 
 @_backward.register_fake
-def _(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, D: Optional[Tensor], kept: Tensor,
-      starts: Optional[Tensor], gy: Tensor, gfinal: Tensor) -> list[Tensor]:
+def _(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, D: Tensor | None, kept: Tensor,
+      starts: Tensor | None, gy: Tensor, gfinal: Tensor) -> list[Tensor]:
     shapes = (x.shape, x.shape, B.shape, B.shape, A.shape, A.shape[:1], gfinal.shape)
     return [A.new_empty(shape) for shape in shapes]
 
@@ -68,7 +68,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
     ctx.save_for_backward(x, dt, B, C, A, D, output[2], starts)
 
 
-def _gradient(ctx: Any, gy: Tensor, gfinal: Tensor, _: Tensor) -> tuple[Optional[Tensor], ...]:
+def _gradient(ctx: Any, gy: Tensor, gfinal: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     x, dt, B, C, A, D, kept, starts = ctx.saved_tensors
     gy = gy.to(x.dtype).contiguous()
     gx, gdt, gB, gC, gA, gD, gstate = _backward(x, dt, B, C, A, D, kept, starts, gy, gfinal.contiguous())
