@@ -143,6 +143,14 @@ def test_recall_accuracy_of_an_oracle_and_of_a_guess():
     assert measure.recall_accuracy(silent, task, 20, seed=0) == 0.0
 
 
+def test_learning_ends_where_nothing_is_left_to_learn():
+    model = sized("gla", 20_000, vocab_size=66).build()
+    task = RECALL.replace(tokens=8 * 32 * 150)
+    steps = []
+    trained = measure.learn(loop.Trainer(model, task.task().build(), task.training(0)), 99.0, steps.append)
+    assert len(steps) == 100 and trained == 100 * 8 * 32 and not model.training
+
+
 @pytest.mark.parametrize("name", ["attention", "griffin", "gla"])
 def test_state_bytes_are_those_of_real_states(name):
     model = sized(name, 60_000, context=64).build()

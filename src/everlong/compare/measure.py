@@ -11,7 +11,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections import deque
 from collections.abc import Callable
 from itertools import pairwise
 from operator import itemgetter
@@ -25,6 +27,7 @@ from torch.nn import functional as F
 from ..models.lm import LanguageModel
 from ..tasks.mqar import IGNORED, MQAR
 from ..train.data import Batch, Corpus
+from ..train.loop import Progress, Trainer
 
 LENGTHS = (1, 2, 4, 8)  # times the training context
 ROWS = 32  # windows read at once
@@ -118,6 +121,26 @@ def _buckets(values: Tensor) -> list[tuple[int, float]]:
         (round(math.sqrt(low * (high - 1))), float(values[low - 1 : high - 1].mean()))
         for low, high in pairwise(edges)
     ]
+
+
+class _Learnt(Exception):
+    """Nothing is left to learn."""
+
+
+def learn(trainer: Trainer, enough: float, on_step: Callable[[Progress], Any]) -> int:
+    """Train to the end, or until the mean loss of 100 steps is below ``enough``; the tokens it took."""
+    latest: deque[float] = deque(maxlen=100)
+
+    def watch(progress: Progress) -> None:
+        on_step(progress)
+        latest.append(progress.loss)
+        if len(latest) == latest.maxlen and sum(latest) < enough * len(latest):
+            raise _Learnt
+
+    with contextlib.suppress(_Learnt):
+        trainer.run(watch)
+    trainer.model.eval()
+    return trainer.curve[-1].tokens
 
 
 def recall_accuracy(model: LanguageModel, task: MQAR.Config, sequences: int, seed: int) -> float:

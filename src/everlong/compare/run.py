@@ -205,10 +205,10 @@ class Comparison:
         cfg, seed = self.settings.recall, self.settings.seed
         torch.manual_seed(seed)
         model = sized(name, cfg.params, vocab_size=cfg.vocab_size, context=4 * max(cfg.tests)).build()
-        Trainer(model, cfg.task().build(), cfg.training(seed)).run(self._watch(name, "recall"))
-        model.eval()
+        watch = self._watch(name, "recall")
+        tokens = measure.learn(Trainer(model, cfg.task().build(), cfg.training(seed)), cfg.enough, watch)
         self._store(name, recall={
-            "chance": measure.chance(cfg.task()), "train_tokens": cfg.tokens, "train_pairs": max(cfg.pairs),
+            "chance": measure.chance(cfg.task()), "train_tokens": tokens, "train_pairs": max(cfg.pairs),
             "pairs": [[n, measure.recall_accuracy(model, cfg.test(n), cfg.sequences, seed)] for n in cfg.tests],
         })
 

@@ -20,17 +20,19 @@ class Recall(config.Config):
     """Recall: a small model of each architecture learns MQAR and is tested on as many pairs as ``tests`` says.
 
     It learns on a mix of ``pairs`` in the shortest sequences for them (what few pairs teach soon is what many need),
-    and is tested in sequences of 4 tokens per pair, the longest beyond what it has seen.
+    and is tested in sequences of 4 tokens per pair, the longest beyond what it has seen. Training ends after ``tokens``,
+    or once the mean loss of 100 steps is below ``enough`` (the paper, too, stops where nothing is left to learn).
     """
 
-    params: int = 80_000
+    params: int = 50_000
     vocab_size: int = 66
     context: int = 32
     pairs: tuple[int, ...] = (2, 4, 8)
-    tokens: int = 800_000
-    batch: int = 32
-    lr: float = 4e-3
-    tests: tuple[int, ...] = (2, 4, 8, 16, 24)
+    tokens: int = 1_000_000
+    batch: int = 16
+    lr: float = 5e-3
+    enough: float = 0.01
+    tests: tuple[int, ...] = (2, 4, 8, 16, 32)
     sequences: int = 256
 
     def task(self) -> MQAR.Config:
@@ -92,7 +94,7 @@ def quick() -> Settings:
     """A run of one to two minutes: it shows that everything works and the rough order, no more."""
     return Settings(
         params=150_000, tokens=150_000, quick=True, runs=8, lengths=(256, 1024, 4096), seconds=0.25, decode_steps=60,
-        sample_tokens=100, recall=Recall(params=60_000, tokens=150_000, sequences=96),
+        sample_tokens=100, recall=Recall(params=30_000, tokens=200_000, sequences=96),
     )
 
 
