@@ -109,7 +109,7 @@ def show() -> None:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=NOTE, caption_justify="left")
-    table.add_column("architecture, backends, equation", min_width=34, max_width=34 if Console().width < 100 else None)
+    table.add_column("architecture, backends, equation", min_width=31, max_width=31 if Console().width < 100 else None)
     table.add_column("memory")
     for column in ("state of a layer", "Mop / token"):
         table.add_column(column, justify="right")
