@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from everlong.models.blocks import Layer, SwiGLU
 from everlong.models.generate import new_session
 from everlong.models.lm import LanguageModel
 from everlong.ops.linear_attention import linear_attention
+from everlong.tokenizer import ByteTokenizer
 
 
 @pytest.fixture
@@ -181,3 +183,26 @@ def test_the_command_line_says_it_in_one_line(tmp_path):
                       ["train", str(tmp_path / "nothing.txt"), "--out", str(tmp_path / "out")]):
         run = subprocess.run([sys.executable, "-m", "everlong.cli", *arguments], capture_output=True, text=True, cwd=tmp_path)
         assert run.returncode == 2 and run.stderr.startswith("error: ") and "Traceback" not in run.stderr, run.stderr
+
+
+def test_a_save_that_fails_late_leaves_the_earlier_model(model, tmp_path, monkeypatch):
+    everlong.save(model, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    write = Path.write_text
+
+    def full(path, *args, **kwargs):
+        if "config.json" in path.name:
+            raise OSError(28, "No space left on device")
+        return write(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left on device; the previous file, if any, is intact"):
+        everlong.save(small("gla"), tmp_path)  # other weights, which fit the disk
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_byte_model_does_not_keep_the_tokenizer_of_another(model, tmp_path):
+    everlong.save(model, tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    everlong.save(model, tmp_path, ByteTokenizer())
+    assert isinstance(everlong.load_tokenizer(tmp_path), ByteTokenizer)

@@ -14,22 +14,39 @@ from torch import Tensor
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that replaces it when the block ends well, and vanishes otherwise."""
+    with atomic_together(path) as (temporary,):
+        yield temporary
+
+
+@contextmanager
+def atomic_together(*paths: Path) -> Iterator[tuple[Path, ...]]:
+    """``atomic`` for files that belong together: none is replaced before all of them are on the disk."""
+    temporaries: list[Path] = []
+    try:
+        for path in paths:
+            temporaries.append(_beside(path))
+        yield tuple(temporaries)
+        for temporary in temporaries:
+            _sync(temporary)
+            os.chmod(temporary, 0o666 & ~_umask())
+        for temporary, path in zip(temporaries, paths, strict=True):
+            os.replace(temporary, path)
+        _sync(paths[0].parent)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"could not write {paths[0]}: {error.strerror}; the previous file, if any, is intact"
+        ) from error
+    finally:
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    """A new, empty file in the folder of ``path``, which is made where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        _sync(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-        _sync(path.parent)
-    except OSError as error:
-        raise OSError(
-            error.errno, f"could not write {path}: {error.strerror}; the previous file, if any, is intact"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    return Path(name)
 
 
 def _umask() -> int:
@@ -54,14 +71,19 @@ def atomic_write(path: Path, text: str) -> None:
 
 def atomic_save_tensors(path: Path, tensors: dict[str, Tensor], meta: dict[str, str]) -> None:
     """Write a safetensors file, whole or not at all."""
+    with atomic(path) as temporary:
+        save_tensors(temporary, tensors, meta)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], meta: dict[str, str]) -> None:
+    """Write a safetensors file in place; ``OSError`` where the disk refuses."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    with atomic(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata=meta)
-        except SafetensorError as error:  # the library wraps a full disk in its own class
-            raise OSError(28 if "No space" in str(error) else 5, str(error)) from error
+    try:
+        save_file(tensors, path, metadata=meta)
+    except SafetensorError as error:  # the library wraps a full disk in its own class
+        raise OSError(28 if "No space" in str(error) else 5, str(error)) from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import atomic_save_tensors, atomic_write, read_tensors
+from ..files import atomic_together, read_tensors, save_tensors
 from ..models.lm import LanguageModel
 from ..tokenizer import FILE, ByteTokenizer, FileTokenizer, open_tokenizer
 
@@ -22,18 +22,23 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 def save(model: LanguageModel, folder: str | Path, tokenizer: FileTokenizer | ByteTokenizer | None = None) -> None:
-    """Write ``model`` to ``folder`` (made where missing), each file whole or not at all.
+    """Write ``model`` to ``folder`` (made where missing): all of its files, or none.
 
-    ``OSError`` where it cannot be written; files of an earlier save are then intact.
+    Without ``tokenizer`` the one that lies there stays. ``OSError`` where a file cannot be written; those of an
+    earlier save are then intact.
     """
     folder = Path(folder)
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
-    atomic_save_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
-    if isinstance(tokenizer, FileTokenizer):
-        atomic_write(folder / FILE, tokenizer.library.to_str())
-    size, checksum = _fingerprint(folder / WEIGHTS)
-    data = {"format": "everlong-1", "weights": {"bytes": size, "crc32": checksum}, "model": model.cfg.to_dict()}
-    atomic_write(folder / CONFIG, json.dumps(data, indent=1) + "\n")
+    names = [WEIGHTS, CONFIG, *([FILE] if isinstance(tokenizer, FileTokenizer) else [])]
+    with atomic_together(*(folder / name for name in names)) as (weights, config, *vocabulary):
+        save_tensors(weights, tensors, {"format": "pt"})
+        size, checksum = _fingerprint(weights)
+        data = {"format": "everlong-1", "weights": {"bytes": size, "crc32": checksum}, "model": model.cfg.to_dict()}
+        config.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        for path in vocabulary:
+            path.write_text(tokenizer.library.to_str(), encoding="utf-8")  # type: ignore[union-attr]
+    if isinstance(tokenizer, ByteTokenizer):
+        (folder / FILE).unlink(missing_ok=True)
 
 
 def load(folder: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> LanguageModel:
