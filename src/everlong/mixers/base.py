@@ -80,8 +80,10 @@ class Mixer(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "Config" in vars(cls):
-            cls.Config.owner = cls
+        if "Config" not in vars(cls):  # a subclass builds itself, not its parent
+            cls.Config = type("Config", (cls.Config,), {"__module__": cls.__module__, "__doc__": cls.Config.__doc__})
+            cls.Config.__qualname__ = f"{cls.__qualname__}.Config"
+        cls.Config.owner = cls
 
     def init_state(self, batch: int) -> Any:
         """The state before the first token, for ``batch`` rows, on the device of the parameters."""

@@ -1,0 +1,152 @@
+"""The laws can fail: each of these mixers breaks one, and the message names it."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from everlong import laws
+from everlong.mixers import base
+from everlong.state import state
+
+
+class Average(base.Mixer):
+    """A sound mixer:  h_t = a h_{t-1} + x_t,  y = W h."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(base.Config):
+        """No options."""
+
+    @state
+    class State:
+        """The average."""
+
+        memory: Tensor  # [B D]
+
+    def __init__(self, cfg, d_model, depth=base.Depth()):
+        super().__init__(cfg, d_model, depth)
+        self.decay = nn.Parameter(torch.full((d_model,), 0.5))
+        self.out_proj = nn.Linear(d_model, d_model)
+
+    def init_state(self, batch):
+        return self.State(memory=torch.zeros(batch, self.d_model, **self.memory_factory))
+
+    def step(self, x, state):
+        memory = torch.sigmoid(self.decay) * self.begin(x, state).memory + x
+        return self.out_proj(memory.to(x.dtype)), self.State(memory=memory)
+
+    def forward(self, x, state=None, *, starts=None):
+        state, outputs = self.begin(x, state, starts), []
+        for t in range(x.shape[1]):
+            if starts is not None:
+                state = self.State(memory=torch.where(starts[:, t, None], 0.0, state.memory))
+            y, state = self.step(x[:, t], state)
+            outputs.append(y)
+        return torch.stack(outputs, dim=1), state
+
+
+class Forgets(Average):
+    def forward(self, x, state=None, *, starts=None):
+        return super().forward(x, None, starts=starts)
+
+
+class StepsDiffer(Average):
+    def step_(self, x, state):
+        y, state = self.step(x, state)
+        return y * 1.001, state
+
+
+class Peeks(Average):
+    def forward(self, x, state=None, *, starts=None):
+        y, state = super().forward(x, state, starts=starts)
+        return y + 1e-3 * x.mean(dim=1, keepdim=True), state
+
+
+class MixesRows(Average):
+    def step(self, x, state):
+        return super().step(x + 1e-3 * x.mean(dim=0), state)
+
+
+class IgnoresStarts(Average):
+    def forward(self, x, state=None, *, starts=None):
+        return super().forward(x, state)
+
+
+class ChangesItsState(Average):
+    def step(self, x, state):
+        y, after = super().step(x, state)
+        state.memory.copy_(after.memory.detach())
+        return y, after
+
+
+class Grows(Average):
+    def forward(self, x, state=None, *, starts=None):
+        y, state = super().forward(x, state, starts=starts)
+        return y, self.State(memory=torch.cat([state.memory, x.flatten(1)], dim=1))
+
+
+class ForgetsItsConfig(Average):
+    @dataclass(frozen=True, kw_only=True)
+    class Config(base.Config):
+        """An option that does not survive."""
+
+        size: int = 3
+
+        def to_dict(self):
+            return {**super().to_dict(), "size": 4}
+
+
+class WrongMatrix(Average):
+    def mixing(self, x):
+        values = x[:, :, None]
+        matrix = torch.ones(len(x), 1, x.shape[1], x.shape[1], dtype=x.dtype).tril()
+        return base.Mixing(matrix, values, self.forward(x)[0][:, :, None])
+
+
+class LosesPrecision(Average):
+    def forward(self, x, state=None, *, starts=None):
+        y, state = super().forward(x, state, starts=starts)
+        return (y * 1.2 if x.dtype == torch.bfloat16 else y), state
+
+
+class DoesNotCompile(Average):
+    def forward(self, x, state=None, *, starts=None):
+        if float(x.sum()) > 1e9:
+            x = x * 2
+        return super().forward(x, state, starts=starts)
+
+
+class HasDeadParameters(Average):
+    def __init__(self, cfg, d_model, depth=base.Depth()):
+        super().__init__(cfg, d_model, depth)
+        self.unused = nn.Parameter(torch.zeros(3))
+
+
+class Overflows(Average):
+    def forward(self, x, state=None, *, starts=None):
+        y, state = super().forward(x, state, starts=starts)
+        return y + 1e-30 * torch.exp(x * 3).clamp(max=torch.inf), state
+
+
+BROKEN = {
+    "split": Forgets, "step": StepsDiffer, "causality": Peeks, "rows": MixesRows, "reset": IgnoresStarts,
+    "value": ChangesItsState, "memory": Grows, "round trip": ForgetsItsConfig, "matrix": WrongMatrix,
+    "bfloat16": LosesPrecision, "compile": DoesNotCompile, "gradients": HasDeadParameters,
+}
+
+
+@pytest.mark.parametrize("law", laws.LAWS)
+def test_a_sound_mixer_obeys(law):
+    laws.check(laws.subjects(Average)[0], law)
+
+
+@pytest.mark.parametrize("law", laws.LAWS)
+def test_a_broken_one_is_found_and_the_law_named(law):
+    with pytest.raises(laws.LawBroken, match=f"{BROKEN[law].__name__} breaks the law of {law} "):
+        laws.check(laws.subjects(BROKEN[law])[0], law)
+
+
+def test_overflow_is_found():
+    with pytest.raises(laws.LawBroken, match="not finite at inputs of size 100"):
+        laws.check(laws.subjects(Overflows)[0], "gradients")
