@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from everlong import laws
+from everlong import state as states
 from everlong.config import find, mixer_names
 from everlong.models.blocks import MLP, Layer, Norm, SwiGLU, pattern
 from everlong.models.lm import LanguageModel
@@ -40,3 +41,14 @@ def test_steps_equal_the_whole(name):
             got, state = laws._steps(step, tokens, model.init_state(2))
             laws.same(got, want, "logits of single steps")
             assert torch.equal(state.position, final.position)
+
+
+@pytest.mark.parametrize("name", mixer_names())
+def test_a_state_keeps_no_more_memory_than_it_says(name):
+    for cfg in find(name).examples().values():
+        model = subject(name, cfg).module()
+        with torch.no_grad():
+            _, state = model(torch.randint(0, 50, (2, 100)))
+        for leaf_name, leaf, _ in states.leaves(state):
+            held = leaf.untyped_storage().nbytes()
+            assert held == leaf.numel() * leaf.element_size(), f"{leaf_name} is a view of {held} bytes"

@@ -42,7 +42,7 @@ def short_conv_chunk(x: Tensor, *, weight: Tensor, bias: Tensor | None = None, s
     """All tokens at once: W shifted products, each masked where it would reach into an earlier document."""
     length, width, dtype = x.shape[1], weight.shape[1], state.dtype
     padded = torch.cat([state, x.to(dtype)], dim=1)
-    last, same = padded[:, length:], None
+    last, same = padded[:, length:].clone(), None  # a view would keep all inputs in memory
     if starts is not None:
         before = starts.new_zeros(len(x), width - 1).long()
         document = torch.cat([before, starts.long().cumsum(1)], dim=1)
