@@ -45,6 +45,19 @@ def test_unknown_config_key():
         find("gla").Config.from_dict({"n_heads": "four"})
 
 
+@pytest.mark.parametrize("kind,message", [
+    (5, "kind must be a name, got 5"), (None, "no kind in .*'kind': 'mamba'"), (".gla", "'.gla' is no dotted path"),
+    (":GLA", "'' is no dotted path"),
+])
+def test_bad_kind_in_a_config(model, kind, message):
+    data = json.loads(json.dumps(model.cfg.to_dict()))
+    data["layers"][0]["mixer"].pop("kind")
+    if kind is not None:
+        data["layers"][0]["mixer"]["kind"] = kind
+    with pytest.raises(ValueError, match=message):
+        LanguageModel.Config.from_dict(data)
+
+
 def test_wrong_shapes_and_dtypes(model):
     with pytest.raises(ValueError, match=r"tokens has shape \[12\], expected 2 axes \[B T\]"):
         model(TOKENS[0])

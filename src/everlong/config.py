@@ -62,6 +62,8 @@ class Config:
             raise ValueError(f"expected a configuration of {cls.__qualname__} as a mapping, got {data!r}")
         values = dict(data)
         kind = values.pop("kind", None)
+        if kind is None and cls.owner is None and not dataclasses.fields(cls):
+            raise ValueError(f"no kind in {data!r}; say which it is, as in {{'kind': 'mamba', ...}}")
         if kind is not None and (cls.owner is None or kind_of(cls.owner) != kind):
             found = find(kind).Config
             if not issubclass(found, cls):
@@ -135,6 +137,8 @@ def mixer_names() -> list[str]:
 
 def find(kind: str) -> Any:
     """The class of a kind; a dotted path is imported. ``ValueError`` with a suggestion where there is none."""
+    if not isinstance(kind, str):
+        raise ValueError(f"kind must be a name, got {kind!r}")
     module_name, _, class_name = kind.partition(":")
     if "." in module_name or class_name:
         return _find_in(_imported(module_name), class_name, kind)
@@ -150,6 +154,8 @@ def find(kind: str) -> Any:
 
 
 def _imported(name: str) -> types.ModuleType:
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ValueError(f"{name!r} is no dotted path; expected one like my_package.my_mixer")
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
