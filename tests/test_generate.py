@@ -128,3 +128,34 @@ def test_a_tokenizer_file(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="is not a tokenizer file"):
         open_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_file_gives_all_of_a_text_and_room_for_its_largest_id(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    library = Tokenizer(models.WordLevel({"a": 0, "b": 5, "[UNK]": 7}, unk_token="[UNK]"))
+    library.pre_tokenizer = pre_tokenizers.Whitespace()
+    library.enable_truncation(4)
+    library.enable_padding(length=10)
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = open_tokenizer(tmp_path)
+    assert tokenizer.encode("a b a b a") == [0, 5, 0, 5, 0]
+    assert tokenizer.vocab_size == 8
+
+
+def test_a_token_that_is_no_byte():
+    tokenizer = ByteTokenizer()
+    with pytest.raises(ValueError, match="token 300 is no byte.*own tokenizer"):
+        tokenizer.decode([65, 300])
+    with pytest.raises(ValueError, match="token 256 is no byte"):
+        tokenizer.decoder().feed(256)
+
+
+def test_a_chain_handed_to_another_model_is_read_with_its_weights():
+    torch.manual_seed(1)
+    first, other = model_of("hyena"), model_of("hyena")
+    token = torch.tensor([3])
+    with torch.no_grad():
+        _, state = first.step_(token, first.init_state(1))
+        want, _ = other.step(token, states.map_leaves(torch.clone, state))
+        torch.testing.assert_close(other.step_(token, state)[0], want, atol=1e-3, rtol=1e-3)

@@ -156,7 +156,7 @@ def save(tree: Any, path: str | Path, meta: dict[str, str] | None = None) -> Non
 
 
 def load(path: str | Path, like: S) -> S:
-    """Read a state saved by ``save``; ``like`` is any state of the same model (``model.init_state(1)``).
+    """Read a state saved by ``save`` to the device of ``like``, any state of the same model (``model.init_state(1)``).
 
     Raises ``ValueError`` where the file is damaged or belongs to another model.
     """
@@ -165,7 +165,7 @@ def load(path: str | Path, like: S) -> S:
     if set(names) != set(tensors):
         odd = sorted(set(names) ^ set(tensors))[:3]
         raise ValueError(f"{path} holds the state of another model (differs at {', '.join(odd)})")
-    loaded = rebuild(like, iter([tensors[name] for name in names]))
+    loaded = rebuild(like, iter([tensors[name].to(leaf.device) for name, leaf, _ in leaves(like)]))
     rows = batch_size(loaded)
     if rows is not None:
         check_like(loaded, gather(like, [0] * rows), f"state in {path}")

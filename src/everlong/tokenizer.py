@@ -41,7 +41,10 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as ids 0 to 255; id 0 (NUL, which no text holds) separates documents."""
+    """UTF-8 bytes as ids 0 to 255; id 0 (NUL, which no text holds) separates documents.
+
+    ``decode`` and its decoder raise ``ValueError`` for other ids.
+    """
 
     vocab_size = 256
     eos: int | None = 0
@@ -52,11 +55,19 @@ class ByteTokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of bytes; broken characters become U+FFFD."""
-        return bytes(tokens).decode("utf-8", errors="replace")
+        return _as_bytes(tokens).decode("utf-8", errors="replace")
 
     def decoder(self) -> Decoder:
         """A fresh incremental decoder."""
         return _ByteDecoder()
+
+
+def _as_bytes(tokens: Sequence[int]) -> bytes:
+    odd = next((token for token in tokens if not 0 <= token < 256), None)
+    if odd is not None:
+        raise ValueError(f"token {odd} is no byte (0 to 255); the model's own tokenizer is needed, save the model with "
+                         "it: everlong.save(model, folder, tokenizer)")
+    return bytes(tokens)
 
 
 class _ByteDecoder:
@@ -64,7 +75,7 @@ class _ByteDecoder:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, token: int) -> str:
-        return self._decoder.decode(bytes([token]))
+        return self._decoder.decode(_as_bytes([token]))
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)
@@ -80,7 +91,9 @@ class FileTokenizer:
             self.library = Library.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path} is not a tokenizer file of the tokenizers library ({error})") from error
-        self.vocab_size = self.library.get_vocab_size()
+        self.library.no_truncation()  # some files come with a longest length, and would drop the rest of a text
+        self.library.no_padding()
+        self.vocab_size = 1 + max(self.library.get_vocab().values(), default=-1)  # ids may have gaps
         names = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
         ids = (self.library.token_to_id(name) for name in names)
         self.eos = next((found for found in ids if found is not None), None)

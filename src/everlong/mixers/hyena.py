@@ -163,7 +163,7 @@ class Hyena(base.Mixer):
         state = self.begin(x, state)
         length = state.histories[0].x.shape[1]
         desk = getattr(state, "desk", None)
-        if desk is None or desk.room <= length:
+        if desk is None or desk.owner is not self.filter or desk.room <= length:
             desk = self._desk(state, max((length + 1) * 3 // 2, 64))
         y, after = self._step(x, state, lambda i, u, old: desk.convolve(i, u, length))
         object.__setattr__(after, "desk", desk)  # beside the leaves of the frozen state: not a part of its value
@@ -172,7 +172,8 @@ class Hyena(base.Mixer):
     def _desk(self, state: State, room: int) -> Desk:
         """A desk for ``room`` tokens with the histories of ``state`` on it."""
         pasts = tuple(F.pad(old.x, [0, 0, 0, room - old.x.shape[1]]) for old in state.histories)
-        return Desk(pasts, tuple(kernel.flip(1).t().contiguous() for kernel in self._kernels(room)), room)
+        weights = tuple(kernel.flip(1).t().contiguous() for kernel in self._kernels(room))
+        return Desk(pasts, weights, room, self.filter)
 
     def mixing(self, x: Tensor) -> base.Mixing:
         """See ``base.Mixer.mixing``; one matrix per channel, between v and the last gated output."""
@@ -206,6 +207,7 @@ class Desk(NamedTuple):
     pasts: tuple[Tensor, ...]  # [B room D]
     weights: tuple[Tensor, ...]  # [room D], lag 0 last
     room: int
+    owner: Filter  # whose values the weights are
 
     def convolve(self, index: int, u: Tensor, length: int) -> tuple[Tensor, History]:
         """Write u [B D] after ``length`` tokens of a history; the filtered output, and the history with it."""
