@@ -566,3 +566,14 @@ def test_jobs_are_plain_data(tmp_path):
     assert read_job(tmp_path) == job
     (tmp_path / "model.json").write_text(json.dumps(job.model.to_dict()))
     assert read_model_config(tmp_path / "model.json") == job.model
+
+
+def test_a_run_with_a_tokenizer_goes_on_from_any_folder(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    word_tokenizer(tmp_path / "words.json")
+    (tmp_path / "text.txt").write_text("a b c " * 300)
+    assert command("text.txt", *SMALL, "--tokenizer", "words.json", "--out", "run").exit_code == 0
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = command("--resume", "../run")
+    assert again.exit_code == 0, again.exception

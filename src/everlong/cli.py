@@ -173,7 +173,7 @@ def _typed() -> str:
 
 def main() -> None:
     """Entry point: errors meant for the user are one clear line, not a traceback."""
-    sys.path.insert(0, "")  # a mixer of your own is found from the folder you are in
+    sys.path.append("")  # a mixer of your own is found from the folder you are in; its files shadow no library's
     try:
         app()
     except (ValueError, OSError) as error:

@@ -105,14 +105,20 @@ def train(job: Job, folder: str | Path, *, on_step: Callable[[Progress], Any] | 
     trainer = Trainer(model, text, job.train, folder)
     trainer.resume()
     if not (folder / checkpoint.FILE).is_file():
-        absolute = tuple(str(Path(path).expanduser().absolute()) for path in job.paths)
-        atomic_write(folder / JOB, config.dumps(job.replace(paths=absolute)))
+        atomic_write(folder / JOB, config.dumps(_anywhere(job)))
     if on_ready is not None:
         on_ready(trainer)
     curve = trainer.run(on_step)
     folders.save(model, folder, tokenizer)
     loss, bits = evaluate(model, held_out, min(job.train.context, len(held_out) - 1))
     return Result(folder, model, curve, loss, bits, _opening(held_out))
+
+
+def _anywhere(job: Job) -> Job:
+    """The job with absolute paths, so that it goes on from any folder."""
+    paths = tuple(str(Path(path).expanduser().absolute()) for path in job.paths)
+    bytewise = job.tokenizer in (None, "bytes")
+    return job.replace(paths=paths, tokenizer=job.tokenizer if bytewise else str(Path(job.tokenizer or "").absolute()))
 
 
 def _opening(text: Corpus) -> str:
