@@ -76,6 +76,37 @@ def test_wrong_shapes_and_dtypes(model):
         model(TOKENS, starts=torch.zeros(2, 12, dtype=torch.int64))
 
 
+def test_wrong_arguments_of_a_step(model):
+    state = model.init_state(1)
+    with pytest.raises(ValueError, match=r"tokens has shape \[1, 1\], expected 1 axes \[B\]"):
+        model.step(TOKENS[:1, :1], state)
+    with pytest.raises(ValueError, match="tokens have dtype torch.float32, expected int64 ids"):
+        model.step_(TOKENS[:1, 0].float(), state)
+    with pytest.raises(ValueError, match=r"state is NoneType, expected that of init_state\(batch\)"):
+        model.step(TOKENS[:1, 0], None)
+    with pytest.raises(ValueError, match=r"tokens has shape \[12\], expected 2 axes"):
+        model.read(TOKENS[0])
+
+
+def test_layers_that_are_none():
+    mixer = find("gla").Config()
+    with pytest.raises(ValueError, match=r"layers holds GLA.Config\(.*expected Layer.Config\(mixer="):
+        LanguageModel.Config(vocab_size=100, d_model=64, layers=(mixer,))
+    with pytest.raises(ValueError, match="layers must be a tuple of at least one"):
+        LanguageModel.Config(vocab_size=100, d_model=64, layers=Layer.Config(mixer=mixer))
+    listed = LanguageModel.Config(vocab_size=100, d_model=64, layers=[Layer.Config(mixer=mixer)])
+    assert LanguageModel.Config.from_dict(listed.to_dict()) == listed
+
+
+def test_prompts_that_are_no_ids(model):
+    with pytest.raises(ValueError, match=r"the prompt is text, expected token ids; encode it: tokenizer.encode"):
+        everlong.generate(model, "def f")
+    with pytest.raises(ValueError, match=r"the prompt has shape \[2, 12\] and dtype torch.int64"):
+        everlong.generate(model, TOKENS)
+    with pytest.raises(ValueError, match=r"the prompt has shape \[2\] and dtype torch.float32"):
+        everlong.generate(model, [1.5, 2])
+
+
 def test_zero_length(model):
     with pytest.raises(ValueError, match=r"tokens are empty \(T = 0\)"):
         model(TOKENS[:, :0])
@@ -178,6 +209,8 @@ def test_bad_sampling():
         everlong.Sampling(top_p=1.5)
     with pytest.raises(ValueError, match="temperature must be between"):
         everlong.Sampling(temperature=-1)
+    with pytest.raises(ValueError, match="repetition_penalty > 0, got 0 and nan"):
+        everlong.Sampling(repetition_penalty=float("nan"))
 
 
 def test_backend_by_name():
@@ -219,3 +252,11 @@ def test_a_byte_model_does_not_keep_the_tokenizer_of_another(model, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     everlong.save(model, tmp_path, ByteTokenizer())
     assert isinstance(everlong.load_tokenizer(tmp_path), ByteTokenizer)
+
+
+def test_files_of_the_folder_one_is_in_shadow_no_library(tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('shadowed')")
+    code = ("import sys; del sys.path[0]; from everlong.cli import main;"
+            "sys.argv = ['everlong', 'generate', '.', 'x']; main()")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert run.stderr.startswith("error: no model in ."), run.stderr

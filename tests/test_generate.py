@@ -159,3 +159,9 @@ def test_a_chain_handed_to_another_model_is_read_with_its_weights():
         _, state = first.step_(token, first.init_state(1))
         want, _ = other.step(token, states.map_leaves(torch.clone, state))
         torch.testing.assert_close(other.step_(token, state)[0], want, atol=1e-3, rtol=1e-3)
+
+
+def test_a_very_low_temperature_takes_the_most_likely_token():
+    model = model_of("gla")
+    want = list(everlong.generate(model, b"abc", max_tokens=3, sampling=GREEDY))
+    assert list(everlong.generate(model, b"abc", max_tokens=3, sampling=Sampling(temperature=1e-42))) == want

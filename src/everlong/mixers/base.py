@@ -97,9 +97,9 @@ class Mixer(nn.Module):
         """One token: x [B D] -> y [B D] and the state after it. ``state`` is not changed."""
         raise NotImplementedError(f"{type(self).__name__} defines no step")
 
-    def step_(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+    def step_(self, x: Tensor, state: Any, **side: Any) -> tuple[Tensor, Any]:
         """``step`` for a caller that owns ``state`` alone and gives it up: buffers may be written in place."""
-        return self.step(x, state)
+        return self.step(x, state, **side)
 
     def begin(self, x: Tensor, state: Any, starts: Tensor | None = None) -> Any:
         """Check the arguments of ``forward`` (or of ``step``, by x [B D]) and return the state to begin with."""

@@ -174,10 +174,6 @@ class RWKV7(base.Mixer):
         y, memory = delta_rule_step(**parts.rule, state=before.memory)
         return self._finish(y, parts), self.State(last=x, memory=memory)
 
-    def step_(self, x: Tensor, state: State, *, side: dict[str, Tensor] | None = None) -> tuple[Tensor, State]:
-        """The same as ``step``."""
-        return self.step(x, state, side=side)
-
     def mixing(self, x: Tensor, side: dict[str, Tensor] | None = None) -> base.Mixing:
         """See ``base.Mixer.mixing``: y before its norm, without the bonus; one matrix per head."""
         last = self.init_state(len(x)).last

@@ -6,6 +6,7 @@ logits) is a value: save it, fork it, give it back to go on without reading anyt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +19,15 @@ from ..state import state
 from ..tokenizer import Tokenizer
 from .lm import LanguageModel
 
+COLD = 1e-6  # temperatures below take the most likely token: dividing by them would overflow
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is drawn. ``temperature`` 0 takes the most likely one; 0, None and 1.0 switch the rest off."""
+    """How the next token is drawn. ``temperature`` 0 takes the most likely one; 0, None and 1.0 switch the rest off.
+
+    The random numbers of ``seed``, and the tokens that ``repetition_penalty`` has seen, begin anew with every call.
+    """
 
     temperature: float = 1.0
     top_k: int = 0
@@ -35,7 +41,7 @@ class Sampling:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ValueError(f"{name} must be between {low:g} and {high:g}, got {value}")
-        if self.top_k < 0 or self.repetition_penalty <= 0:
+        if self.top_k < 0 or not 0 < self.repetition_penalty < math.inf:
             raise ValueError(
                 f"top_k must be >= 0 and repetition_penalty > 0, got {self.top_k} and {self.repetition_penalty}"
             )
@@ -84,7 +90,8 @@ class generate(Iterator[int]):
     """Yields token ids that continue ``prompt`` (ids), at most ``max_tokens``, until one of ``stop_ids``.
 
     ``session`` goes on from an earlier generation (the prompt may then be empty). After or during the
-    iteration, ``.session`` is the state that has read every token yielded so far, as a value.
+    iteration, ``.session`` is the state that has read every token yielded so far (and the one of ``stop_ids`` that
+    ended it), as a value.
     ``ValueError`` for an empty prompt, ids outside the vocabulary, or weights that give NaN.
     """
 
@@ -93,7 +100,7 @@ class generate(Iterator[int]):
                  piece: int = 2048) -> None:
         self.model, self.sampling, self.left, self.stop_ids = model, sampling, max_tokens, set(stop_ids)
         device = model.embedding.weight.device
-        tokens = torch.as_tensor(list(prompt), dtype=torch.int64, device=device)[None]
+        tokens = _ids(prompt).to(device)[None]
         if session is not None:
             states.check_like(session, new_session(model), "session")
         elif not tokens.numel():
@@ -140,10 +147,20 @@ class generate(Iterator[int]):
         if not bool(torch.isfinite(logits).all()):
             raise ValueError("the model's logits are not finite; its weights hold NaN or overflow in this dtype")
         logits = penalised(logits, self._seen, self.sampling.repetition_penalty)
-        if self.sampling.temperature == 0:
+        if self.sampling.temperature < COLD:
             return int(logits.argmax())
         odds = filtered(logits, self.sampling).softmax(-1)
         return int(torch.multinomial(odds, 1, generator=self._generator))
+
+
+def _ids(prompt: Sequence[int]) -> Tensor:
+    """The prompt as int64 [T]. ``ValueError`` for text, several rows, and numbers that are no ids."""
+    if isinstance(prompt, str):
+        raise ValueError("the prompt is text, expected token ids; encode it: tokenizer.encode(prompt)")
+    ids = prompt if isinstance(prompt, Tensor) else torch.as_tensor(list(prompt))
+    if ids.dim() != 1 or (ids.numel() and (ids.is_floating_point() or ids.dtype == torch.bool)):
+        raise ValueError(f"the prompt has shape {list(ids.shape)} and dtype {ids.dtype}, expected a list of token ids")
+    return ids.to(torch.int64)
 
 
 def stream_text(tokens: Iterator[int], tokenizer: Tokenizer, stop: Sequence[str] = ()) -> Iterator[str]:

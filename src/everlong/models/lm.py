@@ -47,8 +47,12 @@ class LanguageModel(nn.Module):
         residual_fp32: bool = False
 
         def __post_init__(self) -> None:
-            if not self.layers:
-                raise ValueError("a LanguageModel needs at least one layer")
+            object.__setattr__(self, "layers", tuple(self.layers) if isinstance(self.layers, list) else self.layers)
+            if not isinstance(self.layers, tuple) or not self.layers:
+                raise ValueError(f"layers must be a tuple of at least one Layer.Config, got {self.layers!r}")
+            for layer in self.layers:
+                if not isinstance(layer, Layer.Config):
+                    raise ValueError(f"layers holds {layer!r}, expected Layer.Config(mixer=..., mlp=...)")
             if self.vocab_size < 1 or self.d_model < 1:
                 raise ValueError(f"vocab_size and d_model must be positive, got {self.vocab_size} and {self.d_model}")
 
@@ -126,8 +130,7 @@ class LanguageModel(nn.Module):
 
     def _begin(self, tokens: Tensor, state: State | None, starts: Tensor | None) -> State:
         batch, time = shapes.dims("tokens B T", tokens)
-        if tokens.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"tokens have dtype {tokens.dtype}, expected int64 ids; encode the text first")
+        _check_ids(tokens)
         if time == 0:
             raise ValueError("tokens are empty (T = 0); give at least one token")
         shapes.check_starts(starts, batch, time)
@@ -151,6 +154,10 @@ class LanguageModel(nn.Module):
         return self._step(tokens, state, owned=True)
 
     def _step(self, tokens: Tensor, state: State, *, owned: bool) -> tuple[Tensor, State]:
+        shapes.dims("tokens B", tokens)
+        _check_ids(tokens)
+        if not isinstance(state, self.State):
+            raise ValueError(f"state is {type(state).__name__}, expected that of init_state(batch) or another call")
         x, side, after = self.embed(tokens), {}, []  # type: ignore[var-annotated]
         for layer, kept in zip(self.layers, state.layers, strict=True):
             x, kept = layer.step(x, kept, side=side, owned=owned)
@@ -184,6 +191,7 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def read(self, tokens: Tensor, state: State | None = None, *, piece: int = 2048) -> tuple[Tensor, State]:
         """Read a long prompt in pieces: tokens [B T] -> logits [B vocab] after the last token, state."""
+        shapes.dims("tokens B T", tokens)
         if piece < 1:
             raise ValueError(f"piece must be at least 1 token, got {piece}")
         hidden = None
@@ -192,6 +200,11 @@ class LanguageModel(nn.Module):
         if hidden is None or state is None:
             raise ValueError("tokens are empty (T = 0); give at least one token")
         return self.logits(hidden[:, -1]), state
+
+
+def _check_ids(tokens: Tensor) -> None:
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"tokens have dtype {tokens.dtype}, expected int64 ids; encode the text first")
 
 
 LanguageModel.Config.owner = LanguageModel
