@@ -10,13 +10,13 @@ run: .venv/run.stamp
 	$(BIN)/everlong compare $(ARGS)
 
 test: .venv/dev.stamp
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: .venv/dev.stamp
 	$(BIN)/ruff format --check src tests
 	$(BIN)/ruff check src tests
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 docs: .venv/dev.stamp  ## write what is generated from the code: the table in README.md
 	$(BIN)/python -m everlong.report.readme README.md

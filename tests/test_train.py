@@ -231,7 +231,7 @@ def test_rules_of_the_mixers_name_parameters_that_exist(name):
     built = [cfg.build(64, base.Depth(layer, 2)) for cfg in mixer.examples().values() for layer in (0, 1)]
     parameters = {name for layer in built for name, _ in layer.named_parameters()}
     for entry in (*mixer.no_decay, *mixer.lr_scales):
-        assert any(f".{parameter}".endswith(f".{entry}") for parameter in parameters), entry
+        assert any(f".{entry}." in f".{parameter}." for parameter in parameters), entry
 
 
 def test_learning_rate_warms_up_and_falls_to_a_tenth():

@@ -68,7 +68,7 @@ class Mixer(nn.Module):
     memory: ClassVar[Memory] = "constant"
     equation: ClassVar[str] = ""  # one line for tables
     side: ClassVar[tuple[str, ...]] = ()  # values read from, or written for, other layers of the same call
-    no_decay: ClassVar[tuple[str, ...]] = ()  # parameters that weight decay must spare, beside all vectors
+    no_decay: ClassVar[tuple[str, ...]] = ()  # parts that weight decay must spare, beside all vectors
     cfg: Any  # the class's own Config
     lr_scales: ClassVar[dict[str, float]] = {}  # parameters that learn at a multiple of the learning rate
 

@@ -72,7 +72,7 @@ class Hyena(base.Mixer):
 
     memory = "linear"
     equation = "v ← h * (x₁ v) + b x₁ v,  y = x₀ v"
-    no_decay = ("bias", "filter.out.weight", *(f"filter.layers.{layer}.weight" for layer in range(8)))
+    no_decay = ("bias", "filter")
 
     @dataclass(frozen=True, kw_only=True)
     class Config(base.Config):
