@@ -234,6 +234,12 @@ def test_rules_of_the_mixers_name_parameters_that_exist(name):
         assert any(f".{entry}." in f".{parameter}." for parameter in parameters), entry
 
 
+def test_a_submodule_is_spared_from_weight_decay_as_a_whole():
+    rules = parameter_rules(find("hyena").Config().build(64))
+    assert rules["in_proj.weight"][0]
+    assert not any(decays for name, (decays, _) in rules.items() if name.startswith("filter."))
+
+
 def test_learning_rate_warms_up_and_falls_to_a_tenth():
     cfg = Trainer.Config(lr=1.0, warmup=0.1)
     rates = [learning_rate(step, 100, cfg) for step in range(100)]

@@ -12,8 +12,8 @@ from ..mixers.base import Mixer
 
 
 def _listed(name: str, names: Any) -> str | None:
-    """The entry of ``names`` that means the parameter ``name`` of a mixer: its whole name, or the end of it."""
-    return next((entry for entry in names if name == entry or name.endswith(f".{entry}")), None)
+    """The entry of ``names`` that means the parameter ``name`` of a mixer: one part of its dotted name, or several."""
+    return next((entry for entry in names if f".{entry}." in f".{name}."), None)
 
 
 def parameter_rules(model: nn.Module) -> dict[str, tuple[bool, float]]:
