@@ -88,6 +88,15 @@ def test_wrong_arguments_of_a_step(model):
         model.read(TOKENS[0])
 
 
+def test_sizes_that_do_not_fit():
+    with pytest.raises(ValueError, match="head_dim is 48, expected a divisor of the inner width 128"):
+        find("mamba2").Config(head_dim=48).build(64)
+    with pytest.raises(ValueError, match="head_dim is 0, expected a divisor"):
+        find("mamba2").Config(head_dim=0).build(64)
+    with pytest.raises(ValueError, match="inner width 128 cannot be split into blocks of 0"):
+        find("mlstm").Config(block=0).build(64)
+
+
 def test_layers_that_are_none():
     mixer = find("gla").Config()
     with pytest.raises(ValueError, match=r"layers holds GLA.Config\(.*expected Layer.Config\(mixer="):

@@ -69,7 +69,9 @@ class Mamba2(base.Mixer):
     def __init__(self, cfg: Config, d_model: int, depth: base.Depth = base.Depth()) -> None:
         super().__init__(cfg, d_model, depth)
         self.channels = int(cfg.expand * d_model)
-        self.n_heads = self.channels // base.split_heads(self.channels, self.channels // cfg.head_dim)
+        if cfg.head_dim < 1 or self.channels % cfg.head_dim:
+            raise ValueError(f"head_dim is {cfg.head_dim}, expected a divisor of the inner width {self.channels}")
+        self.n_heads = self.channels // cfg.head_dim
         base.split_heads(self.n_heads, cfg.n_groups)
         self.keys = cfg.n_groups * cfg.d_state
         mixed = self.channels + 2 * self.keys

@@ -63,7 +63,7 @@ class MLSTM(base.Mixer):
         super().__init__(cfg, d_model, depth)
         inner = 64 * math.ceil(cfg.expand * d_model / 64)
         self.inner, self.head = inner, base.split_heads(inner, cfg.n_heads)
-        if inner % cfg.block:
+        if cfg.block < 1 or inner % cfg.block:
             raise ValueError(f"inner width {inner} cannot be split into blocks of {cfg.block}; choose a power of two")
         blocks = (inner // cfg.block, cfg.block, cfg.block)
         self.up_proj = nn.Linear(d_model, 2 * inner, bias=False)
