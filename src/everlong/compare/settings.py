@@ -20,8 +20,8 @@ class Recall(config.Config):
     """Recall: a small model of each architecture learns MQAR and is tested on as many pairs as ``tests`` says.
 
     It learns on a mix of ``pairs`` in the shortest sequences for them (what few pairs teach soon is what many need),
-    and is tested in sequences of 4 tokens per pair, the longest beyond what it has seen. Training ends after ``tokens``,
-    or once the mean loss of 100 steps is below ``enough`` (the paper, too, stops where nothing is left to learn).
+    and is tested in sequences of 4 tokens per pair, the longest beyond those seen. Training ends after ``tokens``, or
+    once the mean loss of 100 steps is below ``enough`` (the paper, too, stops where nothing is left to learn).
     """
 
     params: int = 50_000
@@ -62,7 +62,7 @@ class Settings(config.Config):
     params: int = 400_000
     tokens: int = 500_000
     context: int = 256
-    batch: int = 8
+    batch: int = 4
     lr: float = 3e-3
     seed: int = 0
     quick: bool = False
