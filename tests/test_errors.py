@@ -65,6 +65,11 @@ def test_wrong_shapes_and_dtypes(model):
         model(TOKENS.float())
     with pytest.raises(ValueError, match=r"x has shape \[2, 5, 32\], expected \[B T 64\]"):
         model.layers[0].mixer(torch.randn(2, 5, 32))
+    state = model.init_state(2).layers[0][0]
+    with pytest.raises(ValueError, match=r"x has shape \[2, 1, 64\], expected 2 axes \[B 64\]"):
+        model.layers[0].mixer.step(torch.randn(2, 1, 64), state)
+    with pytest.raises(ValueError, match=r"x has shape \[2, 64\], expected 3 axes \[B T 64\]"):
+        model.layers[0].mixer(torch.randn(2, 64), state)
     with pytest.raises(ValueError, match="x has dtype torch.int64, expected a floating dtype"):
         model.layers[0].mixer(torch.ones(2, 5, 64, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"k has shape \[1, 5, 2, 4\], .* with K = 8 \(from q\), got K = 4"):
@@ -117,8 +122,12 @@ def test_prompts_that_are_no_ids(model):
 
 
 def test_zero_length(model):
-    with pytest.raises(ValueError, match=r"tokens are empty \(T = 0\)"):
+    with pytest.raises(ValueError, match=r"tokens are empty \(B = 2, T = 0\)"):
         model(TOKENS[:, :0])
+    with pytest.raises(ValueError, match=r"tokens are empty \(B = 0, T = 12\)"):
+        model(TOKENS[:0])
+    with pytest.raises(ValueError, match=r"x has shape \[2, 0, 64\]; give at least one row and one token"):
+        model.layers[0].mixer(torch.randn(2, 0, 64))
     with pytest.raises(ValueError, match="the prompt is empty"):
         everlong.generate(model, [])
 

@@ -12,7 +12,7 @@ from everlong.config import find, mixer_names
 from everlong.models.blocks import Layer
 from everlong.models.generate import Sampling, filtered, new_session, penalised, stream_text
 from everlong.models.lm import LanguageModel
-from everlong.tokenizer import ByteTokenizer, open_tokenizer
+from everlong.tokenizer import ByteTokenizer, FileTokenizer, open_tokenizer
 
 GREEDY = Sampling(temperature=0)
 
@@ -106,6 +106,26 @@ def test_stop_strings_and_whole_characters(text, stop, want):
     tokenizer = ByteTokenizer()
     pieces = list(stream_text(iter(tokenizer.encode(text)), tokenizer, stop))
     assert "".join(pieces) == want and "\ufffd" not in "".join(pieces)
+
+
+def test_words_that_continue_a_prompt_keep_their_space():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    library = Tokenizer(models.WordLevel({"▁hello": 0, "▁world": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    library.pre_tokenizer, library.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = FileTokenizer.__new__(FileTokenizer)
+    tokenizer.library = library
+    assert "".join(stream_text(iter([1]), tokenizer, prompt=[0])) == " world"
+    assert "".join(stream_text(iter([1]), tokenizer)) == "world"
+
+
+def test_a_session_that_ended_goes_on_inside_its_document():
+    model = model_of("gla")
+    text = list(everlong.generate(model, b"abc", max_tokens=30, sampling=GREEDY))
+    tokens = everlong.generate(model, b"abc", max_tokens=30, sampling=GREEDY, stop_ids=[text[2]])
+    shorter = list(tokens)
+    want, _ = model.read(torch.tensor([[*b"abc", *shorter]]))
+    torch.testing.assert_close(tokens.session.logits, want, atol=1e-4, rtol=1e-4)
 
 
 def test_a_tokenizer_file(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -176,6 +177,8 @@ def main() -> None:
     sys.path.append("")  # a mixer of your own is found from the folder you are in; its files shadow no library's
     try:
         app()
+    except BrokenPipeError:  # the reader of a pipe has left (| head): nothing is wrong
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         from rich.console import Console
         from rich.markup import escape

@@ -21,7 +21,7 @@ class Decoder(Protocol):
         """The characters completed by ``token``, possibly none."""
 
     def flush(self) -> str:
-        """What is left at the end (a broken character shows as U+FFFD)."""
+        """What is left at the end: a broken character shows as U+FFFD, or not at all with a tokenizer file."""
 
 
 class Tokenizer(Protocol):
@@ -36,8 +36,8 @@ class Tokenizer(Protocol):
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids."""
 
-    def decoder(self) -> Decoder:
-        """A fresh incremental decoder."""
+    def decoder(self, prompt: Sequence[int] = ()) -> Decoder:
+        """A fresh incremental decoder of what continues ``prompt``."""
 
 
 class ByteTokenizer:
@@ -57,8 +57,8 @@ class ByteTokenizer:
         """Text of bytes; broken characters become U+FFFD."""
         return _as_bytes(tokens).decode("utf-8", errors="replace")
 
-    def decoder(self) -> Decoder:
-        """A fresh incremental decoder."""
+    def decoder(self, prompt: Sequence[int] = ()) -> Decoder:
+        """A fresh incremental decoder of what continues ``prompt``."""
         return _ByteDecoder()
 
 
@@ -106,16 +106,18 @@ class FileTokenizer:
         """Text of token ids, special tokens left out."""
         return self.library.decode(list(tokens))
 
-    def decoder(self) -> Decoder:
-        """A fresh incremental decoder."""
-        return _FileDecoder(self.library)
+    def decoder(self, prompt: Sequence[int] = ()) -> Decoder:
+        """A fresh incremental decoder of what continues ``prompt``."""
+        return _FileDecoder(self.library, prompt)
 
 
 class _FileDecoder:
-    def __init__(self, library: Any) -> None:
+    def __init__(self, library: Any, prompt: Sequence[int]) -> None:
         from tokenizers.decoders import DecodeStream
 
         self._library, self._stream = library, DecodeStream(skip_special_tokens=True)
+        for token in prompt[-8:]:  # enough to know whether the next word is the first
+            self.feed(token)
 
     def feed(self, token: int) -> str:
         return self._stream.step(self._library, token) or ""

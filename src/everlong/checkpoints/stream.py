@@ -26,6 +26,6 @@ def continue_text(folder: str | Path, prompt: str, *, max_tokens: int = 256, sam
         ids = [tokenizer.eos, *ids]  # documents begin with it in training
     stop_ids = () if tokenizer.eos is None else (tokenizer.eos,)
     tokens = generate(model, ids, max_tokens=max_tokens, sampling=sampling, session=before, stop_ids=stop_ids)
-    yield from stream_text(tokens, tokenizer, stop)
+    yield from stream_text(tokens, tokenizer, stop, ids)
     if session is not None:
         states.save(tokens.session, session)

@@ -101,15 +101,18 @@ class Mixer(nn.Module):
         """``step`` for a caller that owns ``state`` alone and gives it up: buffers may be written in place."""
         return self.step(x, state, **side)
 
-    def begin(self, x: Tensor, state: Any, starts: Tensor | None = None) -> Any:
-        """Check the arguments of ``forward`` (or of ``step``, by x [B D]) and return the state to begin with."""
-        shapes.dims(f"x B {'T ' if x.dim() != 2 else ''}{self.d_model}", x)
-        if x.shape[1] == 0:
-            raise ValueError("x has no tokens (T = 0); give at least one")
+    def begin(self, x: Tensor, state: Any, *starts: Tensor | None) -> Any:
+        """Check the arguments of a call and return the state to begin with.
+
+        ``forward`` gives its ``starts``, None or not, and x is then [B T D]; ``step`` gives none, and x is [B D].
+        """
+        shapes.dims(f"x B {'T ' if starts else ''}{self.d_model}", x)
+        if not x.numel():
+            raise ValueError(f"x has shape {list(x.shape)}; give at least one row and one token")
         if x.dtype not in shapes.FLOATS:
             raise ValueError(f"x has dtype {x.dtype}, expected a floating dtype; embed token ids first")
-        if x.dim() == 3:
-            shapes.check_starts(starts, x.shape[0], x.shape[1])
+        if starts:
+            shapes.check_starts(starts[0], x.shape[0], x.shape[1])
         if state is None:
             return self.init_state(x.shape[0])
         states.check_like(state, self.expected(x.shape[0]), f"state of {type(self).__name__}")

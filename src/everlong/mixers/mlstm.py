@@ -160,7 +160,7 @@ class MLSTM(base.Mixer):
 
     def mixing(self, x: Tensor) -> base.Mixing:
         """See ``base.Mixer.mixing``; one matrix per head, divided by the normaliser."""
-        before = self.begin(x, None)
+        before = self.begin(x, None, None)
         u, _ = self.up_proj(x).chunk(2, dim=-1)
         parts = self._project(u, F.silu(short_conv(u, **self._taps, state=before.conv)[0]))
         eye = base.identity_values(*parts.v.shape[:3], like=parts.v)

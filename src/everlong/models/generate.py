@@ -90,8 +90,8 @@ class generate(Iterator[int]):
     """Yields token ids that continue ``prompt`` (ids), at most ``max_tokens``, until one of ``stop_ids``.
 
     ``session`` goes on from an earlier generation (the prompt may then be empty). After or during the
-    iteration, ``.session`` is the state that has read every token yielded so far (and the one of ``stop_ids`` that
-    ended it), as a value.
+    iteration, ``.session`` is the state that has read every token yielded so far, as a value; a token of
+    ``stop_ids`` ends the text without being read, so that a session goes on inside its document.
     ``ValueError`` for an empty prompt, ids outside the vocabulary, or weights that give NaN.
     """
 
@@ -135,11 +135,12 @@ class generate(Iterator[int]):
         if self.left <= 0:
             raise StopIteration
         token = self._draw()
-        self.left = 0 if token in self.stop_ids else self.left - 1
+        if token in self.stop_ids:
+            self.left = 0
+            raise StopIteration
+        self.left -= 1
         self._seen[token] = True
         self._logits, self._state = self.model.step_(torch.tensor([token], device=self._seen.device), self._state)
-        if token in self.stop_ids:
-            raise StopIteration
         return token
 
     def _draw(self) -> int:
@@ -163,12 +164,14 @@ def _ids(prompt: Sequence[int]) -> Tensor:
     return ids.to(torch.int64)
 
 
-def stream_text(tokens: Iterator[int], tokenizer: Tokenizer, stop: Sequence[str] = ()) -> Iterator[str]:
+def stream_text(tokens: Iterator[int], tokenizer: Tokenizer, stop: Sequence[str] = (),
+                prompt: Sequence[int] = ()) -> Iterator[str]:
     """Text pieces from token ids: whole characters only, ended before the first of the ``stop`` strings.
 
-    Text that may be the beginning of a stop string is held back until it is decided.
+    Text that may be the beginning of a stop string is held back until it is decided. ``prompt`` is what the tokens
+    continue; some tokenizers need it to know whether a space belongs before the first word.
     """
-    decoder, held = tokenizer.decoder(), ""
+    decoder, held = tokenizer.decoder(prompt), ""
     for token in tokens:
         held += decoder.feed(token)
         cut = min((held.find(word) for word in stop if word in held), default=-1)

@@ -94,7 +94,10 @@ class LanguageModel(nn.Module):
         return self.State(layers=tuple(layer.init_state(batch) for layer in self.layers), position=position)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Token ids [...] -> residual stream [... D]. ``ValueError`` for ids outside the vocabulary."""
+        """Token ids [...] -> residual stream [... D]. ``ValueError`` for ids outside the vocabulary.
+
+        On a GPU, where looking would stall, ids outside it are PyTorch's own device error.
+        """
         try:
             x = self.embedding(tokens)
         except IndexError as error:
@@ -131,8 +134,8 @@ class LanguageModel(nn.Module):
     def _begin(self, tokens: Tensor, state: State | None, starts: Tensor | None) -> State:
         batch, time = shapes.dims("tokens B T", tokens)
         _check_ids(tokens)
-        if time == 0:
-            raise ValueError("tokens are empty (T = 0); give at least one token")
+        if batch == 0 or time == 0:
+            raise ValueError(f"tokens are empty (B = {batch}, T = {time}); give at least one row and one token")
         shapes.check_starts(starts, batch, time)
         if state is None:
             return self.init_state(batch)

@@ -42,7 +42,7 @@ LENGTHS = [Case(f"length {time}", time=time) for time in (1, 2, 3, 63, 64, 65, 1
 GATES = [Case(f"gate {gate:g}", time=100, gate=gate) for gate in (0.0, -5.0, -50.0)]
 SIZES = [
     Case("keys 16, values 128", batch=1, time=70, keys=16, values=128),
-    Case("keys 128, values 64", batch=3, time=70, keys=128, values=64),
+    Case("keys 128, values 128", batch=3, time=70, heads=1, keys=128, values=128),
     Case("long", batch=1, time=4096, heads=1, keys=16, values=16),
 ]
 CASES = [*LENGTHS, *GATES, *SIZES]
