@@ -204,7 +204,8 @@ class Comparison:
             return
         cfg, seed = self.settings.recall, self.settings.seed
         torch.manual_seed(seed)
-        model = sized(name, cfg.params, vocab_size=cfg.vocab_size, context=4 * max(cfg.tests)).build()
+        shape = sized(name, cfg.params, vocab_size=cfg.vocab_size, context=4 * max(cfg.tests))
+        model = cfg.model(shape).build()
         watch = self._watch(name, "recall")
         tokens = measure.learn(Trainer(model, cfg.task().build(), cfg.training(seed)), cfg.enough, watch)
         self._store(name, recall={

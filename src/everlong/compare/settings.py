@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .. import __version__, config
+from ..models.lm import LanguageModel
 from ..tasks.mqar import MQAR
 from ..train.loop import Trainer
 
@@ -22,6 +23,7 @@ class Recall(config.Config):
     It learns on a mix of ``pairs`` in the shortest sequences for them (what few pairs teach soon is what many need),
     and is tested in sequences of 4 tokens per pair, the longest beyond those seen. Training ends after ``tokens``, or
     once the mean loss of 100 steps is below ``enough`` (the paper, too, stops where nothing is left to learn).
+    Embeddings begin at ``embed_std`` and the head is its own: tied and small, attention takes ten times as long.
     """
 
     params: int = 50_000
@@ -32,8 +34,13 @@ class Recall(config.Config):
     batch: int = 16
     lr: float = 5e-3
     enough: float = 0.01
+    embed_std: float = 0.5
     tests: tuple[int, ...] = (2, 4, 8, 16, 32)
     sequences: int = 256
+
+    def model(self, cfg: LanguageModel.Config) -> LanguageModel.Config:
+        """An architecture as it learns this task."""
+        return cfg.replace(embed_std=self.embed_std, tied=False)
 
     def task(self) -> MQAR.Config:
         """What is learnt."""
@@ -93,8 +100,8 @@ class Settings(config.Config):
 def quick() -> Settings:
     """A run of one to two minutes: it shows that everything works and the rough order, no more."""
     return Settings(
-        params=150_000, tokens=150_000, quick=True, runs=8, lengths=(256, 1024, 4096), seconds=0.25, decode_steps=60,
-        sample_tokens=100, recall=Recall(params=30_000, tokens=200_000, sequences=96),
+        params=150_000, tokens=120_000, quick=True, runs=8, lengths=(256, 1024, 4096), seconds=0.25, decode_steps=60,
+        sample_tokens=100, recall=Recall(tokens=320_000, sequences=96),
     )
 
 

@@ -33,6 +33,11 @@ def per_row(flags: Tensor, like: Tensor) -> Tensor:
     return flags.reshape(-1, *[1] * (like.dim() - 1))
 
 
+def chunk_size(length: int, most: int) -> int:
+    """The length of a chunk: ``most``, or the smallest power of two that holds a shorter text."""
+    return min(most, 1 << (length - 1).bit_length())
+
+
 def to_chunks(x: Tensor, size: int) -> Tensor:
     """``[B T ...] -> [B N C ...]``, the last chunk padded with zeros."""
     batch, length = x.shape[:2]

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from ..shapes import check_starts, dims, state_dtype
 from . import dispatch
 from .cases import Case
-from .common import heads_first, heads_last, loop, suffix_sum
+from .common import chunk_size, heads_first, heads_last, loop, suffix_sum
 from .decay import decayed
 from .key_decay import Decayed, decay_pairs
 
@@ -68,7 +68,7 @@ def delta_rule_chunk(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor | Non
     A document that starts reads nothing through a, and decays by exp(-inf) = 0: no masks are needed.
     """
     length, dtype = q.shape[1], state.dtype
-    size = min(CHUNK, 1 << (length - 1).bit_length())
+    size = chunk_size(length, CHUNK)
     if starts is not None:
         a = a.masked_fill(starts[..., None, None], 0.0)
         g = torch.zeros_like(q[..., 0]) if g is None else g

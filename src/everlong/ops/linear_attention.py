@@ -17,7 +17,7 @@ from torch import Tensor
 from ..shapes import check_starts, dims, state_dtype
 from . import dispatch
 from .cases import Case
-from .common import heads_first, heads_last, loop, suffix_sum
+from .common import chunk_size, heads_first, heads_last, loop, suffix_sum
 from .decay import decayed
 from .key_decay import decay_pairs
 
@@ -68,8 +68,8 @@ def _per_head(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, *, state: Tenso
     Decays are applied to values and outputs, which each head has of its own. A document that starts is a
     decay of exp(-inf) = 0: it needs no masks.
     """
-    length, groups = q.shape[1:3]
-    q, k, v = heads_first(q, CHUNK), heads_first(k, CHUNK), heads_first(v.unflatten(2, (groups, -1)), CHUNK)
+    (length, groups), size = q.shape[1:3], chunk_size(q.shape[1], CHUNK)
+    q, k, v = heads_first(q, size), heads_first(k, size), heads_first(v.unflatten(2, (groups, -1)), size)
     g = _log_decays(g, starts, v)
     scores = (q @ k.transpose(-1, -2))[:, :, :, None]  # [B G N 1 C C]
     scores = scores.tril() if g is None else decayed(scores, g)
@@ -96,7 +96,7 @@ def _log_decays(g: Tensor | None, starts: Tensor | None, v: Tensor) -> Tensor | 
         g = v.new_zeros(*starts.shape, v.shape[1] * v.shape[4])  # type: ignore[union-attr]
     if starts is not None:
         g = g.masked_fill(starts[..., None], float("-inf"))
-    return heads_first(g.unflatten(2, (v.shape[1], -1)), CHUNK).transpose(-1, -2)
+    return heads_first(g.unflatten(2, (v.shape[1], -1)), v.shape[3]).transpose(-1, -2)
 
 
 def _column(g: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def _per_key(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, *, bonus: Tensor
     own = (q * k if bonus is None else q * bonus.to(q.dtype) * k).sum(-1, keepdim=True)
     if starts is not None:  # a document that starts decays by exp(-inf) = 0, and reads nothing from before its decay
         q, g = q.masked_fill(starts[..., None, None], 0.0), g.masked_fill(starts[..., None, None], float("-inf"))
-    q, k, v, g, own = (heads_first(x, CHUNK) for x in (q, k, v, g, own))
+    q, k, v, g, own = (heads_first(x, chunk_size(length, CHUNK)) for x in (q, k, v, g, own))
     decay = g.exp()
     parts = decay_pairs((q if bonus is not None else q * decay)[:, :, :, None], k[:, :, :, None], decay,
                         own.squeeze(-1)[:, :, :, None, None])
