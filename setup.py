@@ -13,7 +13,12 @@ BUILDS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     BUILDS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     BUILDS["avx512"] = [
-        "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512",
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mfma",
+        "-mprefer-vector-width=512",
     ]
 
 
@@ -25,21 +30,33 @@ class BuildKernels(build_ext):
 
     def build_extension(self, ext):
         try:
-            objects = self.compiler.compile(ext.sources, output_dir=f"{self.build_temp}/{ext.name}",
-                                            extra_postargs=ext.extra_compile_args, depends=ext.depends)
+            objects = self.compiler.compile(
+                ext.sources,
+                output_dir=f"{self.build_temp}/{ext.name}",
+                extra_postargs=ext.extra_compile_args,
+                depends=ext.depends,
+            )
             target = Path(self.get_ext_fullpath(ext.name))
             target.parent.mkdir(parents=True, exist_ok=True)
             self.compiler.link_shared_object(objects, str(target), target_lang="c++")
         except Exception as error:  # no compiler, or one that cannot build this: the torch forms remain
-            print(f"everlong: kernel {ext.name} was not built ({error}); the PyTorch forms will be used", file=sys.stderr)
+            print(
+                f"everlong: kernel {ext.name} was not built ({error}); the PyTorch forms will be used", file=sys.stderr
+            )
 
 
 openmp = ["-fopenmp"] if sys.platform == "linux" else []
 setup(
     ext_modules=[
-        Extension(f"everlong.ops.native._{name}", [str(path) for path in sorted(NATIVE.glob("*.cpp"))],
-                  depends=[str(path) for path in NATIVE.glob("*.h")], extra_compile_args=COMMON + openmp + flags)
+        Extension(
+            f"everlong.ops.native._{name}",
+            [str(path) for path in sorted(NATIVE.glob("*.cpp"))],
+            depends=[str(path) for path in NATIVE.glob("*.h")],
+            extra_compile_args=COMMON + openmp + flags,
+        )
         for name, flags in BUILDS.items()
-    ] if sys.platform != "win32" else [],
+    ]
+    if sys.platform != "win32"
+    else [],
     cmdclass={"build_ext": BuildKernels},
 )

@@ -20,8 +20,16 @@ from everlong.train.data import Corpus
 
 RECALL = Recall(params=20_000, tokens=2_000, batch=8, pairs=(2,), tests=(4, 8), sequences=8)
 TINY = Settings(
-    params=30_000, tokens=1_500, context=32, batch=4, runs=2, lengths=(256, 1024), seconds=0.01, decode_steps=20,
-    sample_tokens=5, recall=RECALL,
+    params=30_000,
+    tokens=1_500,
+    context=32,
+    batch=4,
+    runs=2,
+    lengths=(256, 1024),
+    seconds=0.01,
+    decode_steps=20,
+    sample_tokens=5,
+    recall=RECALL,
 )
 
 
@@ -69,8 +77,7 @@ def test_architectures_are_those_of_the_papers():
     assert layers["jamba"][2].mixer.rope_theta is None
     assert layers["mamba"][0].mlp is None and layers["mamba2"][0].mlp is None
     assert make("griffin", Shape(128, 32), 1).embed_scale == 128**0.5
-    assert describe(make("jamba", Shape(64, 32), 2)) == (
-        "(2 mamba2 + swiglu, attention + swiglu, mamba2 + swiglu) x2")
+    assert describe(make("jamba", Shape(64, 32), 2)) == ("(2 mamba2 + swiglu, attention + swiglu, mamba2 + swiglu) x2")
     assert describe(make("mamba", Shape(64, 32), 3)) == "mamba, x3"
 
 
@@ -79,10 +86,13 @@ def test_impossible_size_names_the_nearest():
         sized("mamba2", 1_000)
 
 
-@pytest.mark.parametrize("name, message", [
-    ("mamba22", "no architecture 'mamba22'; did you mean 'mamba2'"),
-    ("no_such_package.mixer", "cannot import 'no_such_package.mixer'"),
-])
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("mamba22", "no architecture 'mamba22'; did you mean 'mamba2'"),
+        ("no_such_package.mixer", "cannot import 'no_such_package.mixer'"),
+    ],
+)
 def test_unknown_names(name, message):
     with pytest.raises(ValueError, match=message):
         sized(name, 100_000)
@@ -103,10 +113,12 @@ def test_text_measures_agree_with_their_definitions(text):
     model = sized("gla", 30_000, context=32).build()
     runs = measure.held_out_runs(Corpus.from_paths([text]), 32, 4)
     found = measure.text(model, runs)
-    windows = torch.stack([
-        measure.losses(model, type(runs.batch)(*(t[:, at : at + 32] for t in runs.batch)), 32)
-        for at in range(0, 256, 32)
-    ])
+    windows = torch.stack(
+        [
+            measure.losses(model, type(runs.batch)(*(t[:, at : at + 32] for t in runs.batch)), 32)
+            for at in range(0, 256, 32)
+        ]
+    )
     assert found["bits_per_byte"] == pytest.approx(float(windows.mean()) / math.log(2), rel=1e-4)
     assert [length for length, _ in found["by_length"]] == [32, 64, 128, 256]
     assert found["by_length"][0][1] == pytest.approx(float(windows[-1, :, 16:].mean()) / math.log(2), rel=1e-4)
@@ -190,8 +202,10 @@ def test_miniature_run(tmp_path, text):
 
 def without_times(results):
     """What two runs must agree in."""
-    return [(m["name"], [loss for _, loss in m["training"]["curve"]], m["text"], m["recall"], m["samples"])
-            for m in results["models"]]
+    return [
+        (m["name"], [loss for _, loss in m["training"]["curve"]], m["text"], m["recall"], m["samples"])
+        for m in results["models"]
+    ]
 
 
 def test_interrupted_run_reports_and_goes_on_to_the_same_results(tmp_path, text, monkeypatch):
@@ -237,13 +251,16 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path, text):
         comparison(tmp_path, text)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"names": ()}, "no architectures to compare"),
-    ({"names": ("gla", "gla")}, "gla is named twice"),
-    ({"names": ("swiglu",)}, "no architecture 'swiglu'"),
-    ({"settings": TINY.replace(params=100)}, "cannot have 100 parameters"),
-    ({"settings": TINY.replace(context=100_000)}, "shorter than the context"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"names": ()}, "no architectures to compare"),
+        ({"names": ("gla", "gla")}, "gla is named twice"),
+        ({"names": ("swiglu",)}, "no architecture 'swiglu'"),
+        ({"settings": TINY.replace(params=100)}, "cannot have 100 parameters"),
+        ({"settings": TINY.replace(context=100_000)}, "shorter than the context"),
+    ],
+)
 def test_bad_input(tmp_path, text, change, message):
     with pytest.raises(ValueError, match=message):
         comparison(tmp_path, text, **change)
@@ -255,3 +272,11 @@ def test_profiles():
     with pytest.raises(ValueError, match="tokens must be at least 1, got 0"):
         profile(False, tokens=0)
     assert Settings.from_dict(json.loads(json.dumps(quick().to_dict()))) == quick()
+
+
+def test_a_text_that_is_too_short_is_told_how_much_is_needed(tmp_path):
+    (tmp_path / "short.txt").write_text("a short text " * 30)
+    with pytest.raises(ValueError, match=r"the text has 390 bytes, too few .* give at least 2,048 bytes with --data"):
+        Comparison(tmp_path / "out", names=("gla",), data=[tmp_path / "short.txt"])
+    (tmp_path / "enough.txt").write_text("a text that is just long enough " * 70)
+    assert Comparison(tmp_path / "out", names=("gla",), data=[tmp_path / "enough.txt"]).held_out.nbytes > 256

@@ -45,10 +45,15 @@ def test_unknown_config_key():
         find("gla").Config.from_dict({"n_heads": "four"})
 
 
-@pytest.mark.parametrize("kind,message", [
-    (5, "kind must be a name, got 5"), (None, "no kind in .*'kind': 'mamba'"), (".gla", "'.gla' is no dotted path"),
-    (":GLA", "'' is no dotted path"),
-])
+@pytest.mark.parametrize(
+    "kind,message",
+    [
+        (5, "kind must be a name, got 5"),
+        (None, "no kind in .*'kind': 'mamba'"),
+        (".gla", "'.gla' is no dotted path"),
+        (":GLA", "'' is no dotted path"),
+    ],
+)
 def test_bad_kind_in_a_config(model, kind, message):
     data = json.loads(json.dumps(model.cfg.to_dict()))
     data["layers"][0]["mixer"].pop("kind")
@@ -243,9 +248,15 @@ def test_mixing_matrix_of_a_nonlinear_mixer():
 
 
 def test_the_command_line_says_it_in_one_line(tmp_path):
-    for arguments in (["generate", str(tmp_path), "x"], ["check", "mamba3"], ["compare", "--mixers", "mambo"],
-                      ["train", str(tmp_path / "nothing.txt"), "--out", str(tmp_path / "out")]):
-        run = subprocess.run([sys.executable, "-m", "everlong.cli", *arguments], capture_output=True, text=True, cwd=tmp_path)
+    for arguments in (
+        ["generate", str(tmp_path), "x"],
+        ["check", "mamba3"],
+        ["compare", "--mixers", "mambo"],
+        ["train", str(tmp_path / "nothing.txt"), "--out", str(tmp_path / "out")],
+    ):
+        run = subprocess.run(
+            [sys.executable, "-m", "everlong.cli", *arguments], capture_output=True, text=True, cwd=tmp_path
+        )
         assert run.returncode == 2 and run.stderr.startswith("error: ") and "Traceback" not in run.stderr, run.stderr
 
 
@@ -274,7 +285,9 @@ def test_a_byte_model_does_not_keep_the_tokenizer_of_another(model, tmp_path):
 
 def test_files_of_the_folder_one_is_in_shadow_no_library(tmp_path):
     (tmp_path / "torch.py").write_text("raise SystemExit('shadowed')")
-    code = ("import sys; del sys.path[0]; from everlong.cli import main;"
-            "sys.argv = ['everlong', 'generate', '.', 'x']; main()")
+    code = (
+        "import sys; del sys.path[0]; from everlong.cli import main;"
+        "sys.argv = ['everlong', 'generate', '.', 'x']; main()"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert run.stderr.startswith("error: no model in ."), run.stderr

@@ -19,7 +19,9 @@ GREEDY = Sampling(temperature=0)
 
 def model_of(mixer, **changes):
     layer = Layer.Config(mixer=find(mixer).Config())
-    return LanguageModel.Config(vocab_size=256, d_model=64, layers=(layer,) * 2, embed_std=1.0, **changes).build().eval()
+    return (
+        LanguageModel.Config(vocab_size=256, d_model=64, layers=(layer,) * 2, embed_std=1.0, **changes).build().eval()
+    )
 
 
 @pytest.mark.parametrize("name", mixer_names())
@@ -47,8 +49,10 @@ def test_a_long_prompt_needs_the_memory_of_a_piece():
         "model.read(torch.randint(0, 256, (1, int(sys.argv[1]))), piece=1000);"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
-    peaks = [int(subprocess.run([sys.executable, "-c", code, length], capture_output=True, text=True, check=True).stdout)
-             for length in ("3000", "100000")]
+    peaks = [
+        int(subprocess.run([sys.executable, "-c", code, length], capture_output=True, text=True, check=True).stdout)
+        for length in ("3000", "100000")
+    ]
     assert peaks[1] - peaks[0] < 8_000, f"{peaks} KiB"  # the hidden states alone would take 25 MB
 
 
@@ -95,13 +99,23 @@ def test_stop_ids_end_the_text():
     model = model_of("gla")
     text = list(everlong.generate(model, b"abc", max_tokens=30, sampling=GREEDY))
     stop = text[3]
-    assert list(everlong.generate(model, b"abc", max_tokens=30, sampling=GREEDY, stop_ids=[stop])) == text[: text.index(stop)]
+    assert (
+        list(everlong.generate(model, b"abc", max_tokens=30, sampling=GREEDY, stop_ids=[stop]))
+        == text[: text.index(stop)]
+    )
 
 
-@pytest.mark.parametrize("text,stop,want", [
-    ("one END two", ["END"], "one "), ("one ENTER", ["END"], "one ENTER"), ("aab", ["ab"], "a"),
-    ("x\n\ny", ["\n\n", "y"], "x"), ("ends in EN", ["END"], "ends in EN"), ("käse → ok", [], "käse → ok"),
-])
+@pytest.mark.parametrize(
+    "text,stop,want",
+    [
+        ("one END two", ["END"], "one "),
+        ("one ENTER", ["END"], "one ENTER"),
+        ("aab", ["ab"], "a"),
+        ("x\n\ny", ["\n\n", "y"], "x"),
+        ("ends in EN", ["END"], "ends in EN"),
+        ("käse → ok", [], "käse → ok"),
+    ],
+)
 def test_stop_strings_and_whole_characters(text, stop, want):
     tokenizer = ByteTokenizer()
     pieces = list(stream_text(iter(tokenizer.encode(text)), tokenizer, stop))
@@ -133,16 +147,21 @@ def test_a_tokenizer_file(tmp_path):
 
     library = Tokenizer(models.BPE())
     library.pre_tokenizer, library.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"],
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     library.train_from_iterator(["käse und brot " * 20], trainer)
     library.save(str(tmp_path / "tokenizer.json"))
     tokenizer = open_tokenizer(tmp_path)
     ids = tokenizer.encode("käse → brot")
     assert tokenizer.decode(ids) == "käse → brot" and tokenizer.eos == 0
     assert "".join(stream_text(iter(ids), tokenizer)) == "käse → brot"
-    model = LanguageModel.Config(vocab_size=tokenizer.vocab_size, d_model=64,
-                                 layers=(Layer.Config(mixer=find("gla").Config()),)).build()
+    model = LanguageModel.Config(
+        vocab_size=tokenizer.vocab_size, d_model=64, layers=(Layer.Config(mixer=find("gla").Config()),)
+    ).build()
     everlong.save(model, tmp_path / "model", tokenizer)
     assert everlong.load_tokenizer(tmp_path / "model").encode("brot") == tokenizer.encode("brot")
     (tmp_path / "tokenizer.json").write_text("{}")

@@ -13,8 +13,16 @@ from everlong.report.readme import generated
 ROOT = Path(everlong.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 LEVELS = [
-    {"shapes", "config", "files", "numerics", "tokenizer"}, {"state"}, {"ops"}, {"mixers"}, {"models"}, {"checkpoints", "laws"},
-    {"train", "tasks"}, {"report"}, {"compare"}, {"cli"},
+    {"shapes", "config", "files", "numerics", "tokenizer"},
+    {"state"},
+    {"ops"},
+    {"mixers"},
+    {"models"},
+    {"checkpoints", "laws"},
+    {"train", "tasks"},
+    {"report"},
+    {"compare"},
+    {"cli"},
 ]
 
 
@@ -71,7 +79,10 @@ def test_the_core_loads_no_optional_library():
 
 def test_help_is_fast_and_loads_no_torch():
     code = "import sys; from everlong import cli; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        == "False"
+    )
 
 
 def test_the_readme_is_up_to_date():

@@ -130,9 +130,18 @@ class Overflows(Average):
 
 
 BROKEN = {
-    "split": Forgets, "step": StepsDiffer, "causality": Peeks, "rows": MixesRows, "reset": IgnoresStarts,
-    "value": ChangesItsState, "memory": Grows, "round trip": ForgetsItsConfig, "matrix": WrongMatrix,
-    "bfloat16": LosesPrecision, "compile": DoesNotCompile, "gradients": HasDeadParameters,
+    "split": Forgets,
+    "step": StepsDiffer,
+    "causality": Peeks,
+    "rows": MixesRows,
+    "reset": IgnoresStarts,
+    "value": ChangesItsState,
+    "memory": Grows,
+    "round trip": ForgetsItsConfig,
+    "matrix": WrongMatrix,
+    "bfloat16": LosesPrecision,
+    "compile": DoesNotCompile,
+    "gradients": HasDeadParameters,
 }
 
 

@@ -18,10 +18,21 @@ class Tokens(laws.Subject):
 
 
 def subject(name, cfg):
-    layers = pattern("ab", a=Layer.Config(mixer=cfg, mlp=SwiGLU.Config()),
-                     b=Layer.Config(mixer=cfg, mlp=MLP.Config(), norm=Norm.Config(style="layer")))
-    model = LanguageModel.Config(vocab_size=50, d_model=64, layers=layers, embed_norm=Norm.Config(), logit_cap=30.0,
-                                 tied=False, residual_fp32=True, embed_scale=8.0)
+    layers = pattern(
+        "ab",
+        a=Layer.Config(mixer=cfg, mlp=SwiGLU.Config()),
+        b=Layer.Config(mixer=cfg, mlp=MLP.Config(), norm=Norm.Config(style="layer")),
+    )
+    model = LanguageModel.Config(
+        vocab_size=50,
+        d_model=64,
+        layers=layers,
+        embed_norm=Norm.Config(),
+        logit_cap=30.0,
+        tied=False,
+        residual_fp32=True,
+        embed_scale=8.0,
+    )
     return Tokens(name, model, model.build)
 
 

@@ -76,13 +76,16 @@ def test_mixed_pairs_are_drawn_evenly():
     assert min(counts.values()) > 70
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"pairs": (17,)}, "17 pairs and their queries need a length of 68, got 64"),
-    ({"pairs": ()}, "pairs must be numbers >= 1"),
-    ({"vocab_size": 16}, "8 pairs need an even vocab_size of at least 18, got 16"),
-    ({"vocab_size": 65}, "8 pairs need an even vocab_size"),
-    ({"power": 0.0}, "power must be positive"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"pairs": (17,)}, "17 pairs and their queries need a length of 68, got 64"),
+        ({"pairs": ()}, "pairs must be numbers >= 1"),
+        ({"vocab_size": 16}, "8 pairs need an even vocab_size of at least 18, got 16"),
+        ({"vocab_size": 65}, "8 pairs need an even vocab_size"),
+        ({"power": 0.0}, "power must be positive"),
+    ],
+)
 def test_bad_settings(options, message):
     with pytest.raises(ValueError, match=message):
         batch(**options)

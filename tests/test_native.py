@@ -4,6 +4,7 @@ import ctypes
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -38,11 +39,12 @@ def test_kernel_equals_reference(name, variant, case, build):
     case = case.but(variant=variant)
     inputs, initial = MODULES[name].inputs(case), later_state(name, case)
     for starts in (None, some_starts(case)):
-        want, slopes = with_gradients(
-            lambda **kw: op_of(name)(**kw, starts=starts, backend="reference"), inputs, initial)  # noqa: B023
+        want, slopes = with_gradients(partial(op_of(name), starts=starts, backend="reference"), inputs, initial)
         got, ours = with_gradients(
-            lambda **kw: op_of(name)(**kw, starts=starts, backend="native"),  # noqa: B023
-            {k: single(x) for k, x in inputs.items()}, state.map_leaves(single, initial))
+            partial(op_of(name), starts=starts, backend="native"),
+            {k: single(x) for k, x in inputs.items()},
+            state.map_leaves(single, initial),
+        )
         for index, (mine, theirs) in enumerate(zip(got, want, strict=True)):
             numerics.assert_close(mine.double(), theirs, f"output {index}", 1e-4)
         for key, theirs in slopes.items():
@@ -57,17 +59,25 @@ def test_bfloat16_inputs_and_strides(name, variant, build):
     got, ours = op_of(name)(**halves, backend="native")
     numerics.assert_close(got.float(), want, "bf16 output", 1e-2)
     laws.same(ours, final, "the state, which stays fp32", 2e-2)
-    strided = {k: x.movedim(0, -1).contiguous().movedim(-1, 0) if is_tensor(x) and x.dim() > 1 else x
-               for k, x in inputs.items()}
-    numerics.assert_close(op_of(name)(**strided, backend="native")[0],
-                          op_of(name)(**inputs, backend="native")[0], "non-contiguous inputs", 0.0)
+    strided = {
+        k: x.movedim(0, -1).contiguous().movedim(-1, 0) if is_tensor(x) and x.dim() > 1 else x
+        for k, x in inputs.items()
+    }
+    numerics.assert_close(
+        op_of(name)(**strided, backend="native")[0],
+        op_of(name)(**inputs, backend="native")[0],
+        "non-contiguous inputs",
+        0.0,
+    )
 
 
 @pytest.mark.parametrize("name,variant", KERNELS)
 def test_rows_do_not_depend_on_the_batch_and_runs_repeat(name, variant, build):
     inputs = MODULES[name].inputs(Case("batch", batch=5, time=40, variant=variant, dtype=torch.float32))
     whole, _ = op_of(name)(**inputs, backend="native")
-    alone = {k: x[3:4] if is_tensor(x) and k in MODULES[name].SEQUENCE and x.dim() > 1 else x for k, x in inputs.items()}
+    alone = {
+        k: x[3:4] if is_tensor(x) and k in MODULES[name].SEQUENCE and x.dim() > 1 else x for k, x in inputs.items()
+    }
     assert torch.equal(op_of(name)(**alone, backend="native")[0], whole[3:4])
     assert torch.equal(op_of(name)(**inputs, backend="native")[0], whole)
 
@@ -83,8 +93,9 @@ def test_refusals_name_the_reason():
 
 def test_without_kernels_the_torch_form_runs():
     code = (
-        "import torch; from everlong.ops.selective_scan import selective_scan as s, inputs; from everlong import explain;"
-        "from everlong.ops.cases import Case; i = inputs(Case('x', dtype=torch.float32)); s(**i); print(explain(s, **i)[0].reason)"
+        "import torch; from everlong.ops.selective_scan import selective_scan as s, inputs;"
+        "from everlong import explain; from everlong.ops.cases import Case;"
+        "i = inputs(Case('x', dtype=torch.float32)); s(**i); print(explain(s, **i)[0].reason)"
     )
     env = {**os.environ, "EVERLONG_NATIVE": "off"}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)

@@ -51,8 +51,10 @@ def some_starts(case):
 def with_gradients(run, inputs, initial):
     """Outputs, final state leaves and the gradients of all float inputs and of the initial state."""
     inputs = {k: x.clone().requires_grad_() if is_tensor(x) else x for k, x in inputs.items()}
-    leaves = [leaf.clone().requires_grad_(leaf.is_floating_point() or leaf.is_complex())
-              for _, leaf, _ in state.leaves(initial)]
+    leaves = [
+        leaf.clone().requires_grad_(leaf.is_floating_point() or leaf.is_complex())
+        for _, leaf, _ in state.leaves(initial)
+    ]
     y, final = run(**inputs, state=state.rebuild(initial, iter(leaves)))
     outputs = [y, *(leaf for _, leaf, _ in state.leaves(final))]
     torch.manual_seed(5)
@@ -88,8 +90,10 @@ def test_float32_is_close_to_float64(name, variant, backend):
     for gate in (None, 0.0, -5.0, -50.0):
         inputs = MODULES[name].inputs(Case("single precision", time=300, gate=gate, variant=variant))
         want, final = op_of(name)(**inputs, backend="reference")
-        singles = {k: x.to(torch.complex64 if x.is_complex() else torch.float32) if is_tensor(x) else x
-                   for k, x in inputs.items()}
+        singles = {
+            k: x.to(torch.complex64 if x.is_complex() else torch.float32) if is_tensor(x) else x
+            for k, x in inputs.items()
+        }
         got, ours = op_of(name)(**singles, backend=backend)
         numerics.assert_close(got, want, f"fp32 output at gate {gate}", 2e-4)
         for (leaf, mine, _), (_, theirs, _) in zip(state.leaves(ours), state.leaves(final), strict=True):
@@ -119,11 +123,16 @@ def test_gradcheck(name, variant, backend):
     floats = [leaf.is_floating_point() or leaf.is_complex() for _, leaf, _ in state.leaves(initial)]
 
     def run(*tensors):
-        given = iter(tensors[len(used):])
-        leaves = [next(given) if real else leaf
-                  for real, (_, leaf, _) in zip(floats, state.leaves(initial), strict=True)]
-        y, final = op_of(name)(**{**inputs, **dict(zip(used, tensors[: len(used)], strict=True))},
-                               state=state.rebuild(initial, iter(leaves)), starts=starts, backend=backend)
+        given = iter(tensors[len(used) :])
+        leaves = [
+            next(given) if real else leaf for real, (_, leaf, _) in zip(floats, state.leaves(initial), strict=True)
+        ]
+        y, final = op_of(name)(
+            **{**inputs, **dict(zip(used, tensors[: len(used)], strict=True))},
+            state=state.rebuild(initial, iter(leaves)),
+            starts=starts,
+            backend=backend,
+        )
         return y, *(leaf for _, leaf, _ in state.leaves(final) if leaf.requires_grad)
 
     leaves = [leaf for real, (_, leaf, _) in zip(floats, state.leaves(initial), strict=True) if real]

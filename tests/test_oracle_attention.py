@@ -24,8 +24,14 @@ from everlong.ops import long_conv as long_conv_op
 from everlong.ops.cases import Case
 
 WIDTH = 64
-SIZES = dict(vocab_size=50, hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
-             attn_implementation="eager")
+SIZES = dict(
+    vocab_size=50,
+    hidden_size=WIDTH,
+    intermediate_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    attn_implementation="eager",
+)
 
 
 class Listener:
@@ -49,16 +55,26 @@ class Listener:
     def ours(self, cfg):
         """Our layer with the weights of theirs."""
         names = {"o_proj": "out_proj"}
-        weights = {f"{names.get(name.split('.')[0], name.split('.')[0])}.{name.split('.')[1]}": weight
-                   for name, weight in self.layer.state_dict().items() if "proj" in name}
+        weights = {
+            f"{names.get(name.split('.')[0], name.split('.')[0])}.{name.split('.')[1]}": weight
+            for name, weight in self.layer.state_dict().items()
+            if "proj" in name
+        }
         layer = cfg.build(WIDTH).double()
         layer.load_state_dict(weights)
         return layer.eval()
 
 
 def llama():
-    model = LlamaModel(LlamaConfig(**SIZES, num_key_value_heads=2, head_dim=24, attention_bias=True,
-                                   rope_parameters={"rope_type": "default", "rope_theta": 500000.0}))
+    model = LlamaModel(
+        LlamaConfig(
+            **SIZES,
+            num_key_value_heads=2,
+            head_dim=24,
+            attention_bias=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        )
+    )
     cfg = Attention.Config(n_kv_heads=2, head_dim=24, rope_theta=500000.0, qkv_bias=True, out_bias=True)
     return model, model.layers[0].self_attn, cfg
 
@@ -69,9 +85,16 @@ def mistral():
 
 
 def griffin():
-    model = RecurrentGemmaModel(RecurrentGemmaConfig(
-        **SIZES, num_key_value_heads=1, head_dim=16, lru_width=WIDTH, attention_window_size=9,
-        block_types=("attention",)))
+    model = RecurrentGemmaModel(
+        RecurrentGemmaConfig(
+            **SIZES,
+            num_key_value_heads=1,
+            head_dim=16,
+            lru_width=WIDTH,
+            attention_window_size=9,
+            block_types=("attention",),
+        )
+    )
     cfg = Attention.Config(n_kv_heads=1, head_dim=16, window=9, rope_fraction=0.5, out_bias=True)  # DeepMind's own: 10
     return model, model.layers[0].temporal_block, cfg
 
@@ -105,8 +128,10 @@ def safari_filter(p, cfg, lags):
             h = p[f"filter.layers.{layer}.weight"] @ h + p[f"filter.layers.{layer}.bias"]
             h = torch.sin(p["filter.frequency"] * h)
         h = p["filter.out.weight"] @ h
-        fades = [math.log(0.01) / 1.5 + (math.log(0.01) / 0.3 - math.log(0.01) / 1.5) * c / (channels - 1)
-                 for c in range(channels)]
+        fades = [
+            math.log(0.01) / 1.5 + (math.log(0.01) / 0.3 - math.log(0.01) / 1.5) * c / (channels - 1)
+            for c in range(channels)
+        ]
         yield h * torch.tensor([math.exp(-abs(d) * z[0]) + cfg.shift for d in fades], dtype=torch.float64)
 
 
@@ -142,10 +167,13 @@ def play(step, initial, sequence, fixed, starts):
     """The definition: a step for each token, rows emptied where a document starts."""
     outputs, carried = [], initial
     for t in range(starts.shape[1]):
-        empty = [torch.where(starts[:, t].view(-1, *[1] * (x.dim() - 1)), torch.zeros_like(x), x)
-                 for _, x, _ in state.leaves(carried)]
-        y, carried = step(**{k: x[:, t] for k, x in sequence.items()}, **fixed,
-                          state=state.rebuild(carried, iter(empty)))
+        empty = [
+            torch.where(starts[:, t].view(-1, *[1] * (x.dim() - 1)), torch.zeros_like(x), x)
+            for _, x, _ in state.leaves(carried)
+        ]
+        y, carried = step(
+            **{k: x[:, t] for k, x in sequence.items()}, **fixed, state=state.rebuild(carried, iter(empty))
+        )
         outputs.append(y)
     return torch.stack(outputs, dim=1), carried
 
@@ -196,11 +224,14 @@ def test_masks_in_blocks(form, monkeypatch):
             laws.same(got, want, f"window {window}")
 
 
-@pytest.mark.parametrize("change,message", [
-    (dict(n_kv_heads=3), "n_kv_heads is 3, expected a divisor of n_heads = 4"),
-    (dict(window=0), "window is 0, expected at least 1"),
-    (dict(rope_fraction=0.2), "rotates 3 channels"),
-])
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (dict(n_kv_heads=3), "n_kv_heads is 3, expected a divisor of n_heads = 4"),
+        (dict(window=0), "window is 0, expected at least 1"),
+        (dict(rope_fraction=0.2), "rotates 3 channels"),
+    ],
+)
 def test_options_that_do_not_fit(change, message):
     with pytest.raises(ValueError, match=message):
         Attention.Config(**change).build(WIDTH)

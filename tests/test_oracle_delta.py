@@ -38,20 +38,39 @@ def test_gated_delta_equals_qwen3_next():
     from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
     config = Qwen3NextConfig(
-        hidden_size=48, num_hidden_layers=1, layer_types=["linear_attention"], linear_num_value_heads=4,
-        linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=24, linear_conv_kernel_dim=4,
-        rms_norm_eps=1e-6, num_attention_heads=2, num_key_value_heads=1, vocab_size=8, pad_token_id=0,
+        hidden_size=48,
+        num_hidden_layers=1,
+        layer_types=["linear_attention"],
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=16,
+        linear_value_head_dim=24,
+        linear_conv_kernel_dim=4,
+        rms_norm_eps=1e-6,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=8,
+        pad_token_id=0,
     )
     theirs = randomise(Qwen3NextGatedDeltaNet(config, 0))
-    ours = GatedDelta(GatedDelta.Config(
-        n_heads=4, n_key_heads=2, expand_k=32 / 48, expand_v=2.0, norm_eps=1e-6), 48).eval()
+    ours = GatedDelta(
+        GatedDelta.Config(n_heads=4, n_key_heads=2, expand_k=32 / 48, expand_v=2.0, norm_eps=1e-6), 48
+    ).eval()
     q, k, v, z = chunked(theirs.in_proj_qkvz, 2, [16, 16, 48, 48])
     beta, decay = chunked(theirs.in_proj_ba, 2, [2, 2])
-    ours.load_state_dict({
-        "qkv_proj.weight": torch.cat([q, k, v]), "conv.weight": theirs.conv1d.weight, "gate_proj.weight": z,
-        "beta_proj.weight": beta, "decay_proj.weight": decay, "A_log": theirs.A_log, "dt_bias": theirs.dt_bias,
-        "norm.weight": theirs.norm.weight, "out_proj.weight": theirs.out_proj.weight,
-    })
+    ours.load_state_dict(
+        {
+            "qkv_proj.weight": torch.cat([q, k, v]),
+            "conv.weight": theirs.conv1d.weight,
+            "gate_proj.weight": z,
+            "beta_proj.weight": beta,
+            "decay_proj.weight": decay,
+            "A_log": theirs.A_log,
+            "dt_bias": theirs.dt_bias,
+            "norm.weight": theirs.norm.weight,
+            "out_proj.weight": theirs.out_proj.weight,
+        }
+    )
     x = torch.randn(2, 75, 48)
     cache = DynamicCache(config=config)
     want = theirs(x[:, :70], cache_params=cache)
@@ -73,7 +92,8 @@ class Goose(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(d_model) for _ in range(2 * layers))
         self.mixes = nn.ModuleList(
             cfg.build(d_model, Depth(layer, layers))
-            for layer in range(layers) for cfg in (RWKV7.Config(), ChannelMix.Config())
+            for layer in range(layers)
+            for cfg in (RWKV7.Config(), ChannelMix.Config())
         )
 
     def run(self, tokens, states, call):
@@ -93,8 +113,11 @@ class Goose(nn.Module):
             block = f"blocks.{index // 2}"
             norms[f"{block}.ln{index % 2 + 1}"] = norm
             if index % 2:
-                names |= {f"{block}.ffn.x_k": mix.mix[None, None], f"{block}.ffn.key.weight": mix.in_proj.weight,
-                          f"{block}.ffn.value.weight": mix.out_proj.weight}
+                names |= {
+                    f"{block}.ffn.x_k": mix.mix[None, None],
+                    f"{block}.ffn.key.weight": mix.in_proj.weight,
+                    f"{block}.ffn.value.weight": mix.out_proj.weight,
+                }
             else:
                 names |= {f"{block}.att.{name}": tensor for name, tensor in time_mix_names(mix).items()}
         for name, norm in norms.items():

@@ -21,16 +21,35 @@ def mamba_pair():
 def jamba_pair():
     from transformers.models.jamba.modeling_jamba import JambaConfig, JambaMambaMixer
 
-    cfg = JambaConfig(hidden_size=32, mamba_d_state=8, mamba_d_conv=4, mamba_expand=2, mamba_dt_rank=6,
-                      num_hidden_layers=2, vocab_size=8, attn_layer_offset=1, attn_layer_period=2)
+    cfg = JambaConfig(
+        hidden_size=32,
+        mamba_d_state=8,
+        mamba_d_conv=4,
+        mamba_expand=2,
+        mamba_dt_rank=6,
+        num_hidden_layers=2,
+        vocab_size=8,
+        attn_layer_offset=1,
+        attn_layer_period=2,
+    )
     return cfg, JambaMambaMixer(cfg, layer_idx=0), Mamba.Config(d_state=8, dt_rank=6, norms="rms").build(32)
 
 
 def mamba2_pair(groups):
     from transformers.models.mamba2.modeling_mamba2 import Mamba2Config, Mamba2Mixer
 
-    cfg = Mamba2Config(hidden_size=32, num_heads=8, head_dim=8, state_size=16, n_groups=groups, conv_kernel=4,
-                       chunk_size=16, num_hidden_layers=1, vocab_size=8, layer_norm_epsilon=1e-5)
+    cfg = Mamba2Config(
+        hidden_size=32,
+        num_heads=8,
+        head_dim=8,
+        state_size=16,
+        n_groups=groups,
+        conv_kernel=4,
+        chunk_size=16,
+        num_hidden_layers=1,
+        vocab_size=8,
+        layer_norm_epsilon=1e-5,
+    )
     return cfg, Mamba2Mixer(cfg, layer_idx=0), Mamba2.Config(d_state=16, head_dim=8, n_groups=groups).build(32)
 
 

@@ -113,14 +113,17 @@ def s4d_convolution(p, x):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("config,oracle", [
-    (LRU.Config(d_state=12), lru_loop),
-    (LRU.Config(r_min=0.9, r_max=0.999, max_phase=0.3), lru_loop),
-    (S4D.Config(), s4d_convolution),
-    (S4D.Config(init="inv", d_state=16), s4d_convolution),
-    (S4D.Config(init="legs", d_state=16), s4d_convolution),
-    (S4D.Config(init="real", d_state=8), s4d_convolution),
-])
+@pytest.mark.parametrize(
+    "config,oracle",
+    [
+        (LRU.Config(d_state=12), lru_loop),
+        (LRU.Config(r_min=0.9, r_max=0.999, max_phase=0.3), lru_loop),
+        (S4D.Config(), s4d_convolution),
+        (S4D.Config(init="inv", d_state=16), s4d_convolution),
+        (S4D.Config(init="legs", d_state=16), s4d_convolution),
+        (S4D.Config(init="real", d_state=8), s4d_convolution),
+    ],
+)
 def test_equals_the_transcription(config, oracle):
     layer = randomised(config.build(16), torch.float64)
     x = torch.randn(2, 150, 16, dtype=torch.float64)

@@ -40,14 +40,21 @@ def official_mlstm():
 def our_mlstm(theirs, **options):
     ours = MLSTM.Config(**options).build(WIDTH).double()
     cell = theirs.mlstm_cell
-    ours.load_state_dict({
-        "up_proj.weight": theirs.proj_up.weight, "down_proj.weight": theirs.proj_down.weight,
-        "conv.weight": theirs.conv1d.conv.weight, "conv.bias": theirs.conv1d.conv.bias,
-        "q_weight": theirs.q_proj.weight, "k_weight": theirs.k_proj.weight, "v_weight": theirs.v_proj.weight,
-        "gates.weight": torch.cat([cell.igate.weight, cell.fgate.weight]),
-        "gates.bias": torch.cat([cell.igate.bias, cell.fgate.bias]),
-        "norm_weight": 1 + cell.outnorm.weight, "skip": theirs.learnable_skip,
-    })
+    ours.load_state_dict(
+        {
+            "up_proj.weight": theirs.proj_up.weight,
+            "down_proj.weight": theirs.proj_down.weight,
+            "conv.weight": theirs.conv1d.conv.weight,
+            "conv.bias": theirs.conv1d.conv.bias,
+            "q_weight": theirs.q_proj.weight,
+            "k_weight": theirs.k_proj.weight,
+            "v_weight": theirs.v_proj.weight,
+            "gates.weight": torch.cat([cell.igate.weight, cell.fgate.weight]),
+            "gates.bias": torch.cat([cell.igate.bias, cell.fgate.bias]),
+            "norm_weight": 1 + cell.outnorm.weight,
+            "skip": theirs.learnable_skip,
+        }
+    )
     return ours
 
 
@@ -81,8 +88,12 @@ def test_mlstm_is_the_recurrent_form_of_xlstm():
 @pytest.mark.parametrize("scale", [1.0, 10.0])
 def test_mlstm_cell_is_that_of_transformers(scale):
     sizes = dict(vocab_size=8, hidden_size=2 * WIDTH, num_hidden_layers=1, num_heads=4, qk_dim_factor=1.0)
-    kernels = dict(chunkwise_kernel="chunkwise--native_autograd", sequence_kernel="native_sequence__native",
-                   step_kernel="native", mode="inference")
+    kernels = dict(
+        chunkwise_kernel="chunkwise--native_autograd",
+        sequence_kernel="native_sequence__native",
+        step_kernel="native",
+        mode="inference",
+    )
     backend = xLSTMModel(xLSTMConfig(**sizes, **kernels)).blocks[0].mlstm_layer.mlstm_backend
     q, k, v = (torch.randn(2, 75, 4, 32) for _ in range(3))
     i, f = scale * torch.randn(2, 75, 4), scale * torch.randn(2, 75, 4)
@@ -93,8 +104,13 @@ def test_mlstm_cell_is_that_of_transformers(scale):
     empty = ours.init_state(2)
     got, memory, top = ours._cell(Parts(*(part[:, :70] for part in parts)), empty.memory, empty.m, None)
     assert_close(got, want.movedim(1, 2), "cell")
-    more, _ = backend(**dict(zip("qkvif", [part.movedim(2, 1)[:, :, 70:] for part in (q, k, v, i, f)], strict=True)),
-                      c_initial=c, n_initial=n, m_initial=m, return_last_states=True)
+    more, _ = backend(
+        **dict(zip("qkvif", [part.movedim(2, 1)[:, :, 70:] for part in (q, k, v, i, f)], strict=True)),
+        c_initial=c,
+        n_initial=n,
+        m_initial=m,
+        return_last_states=True,
+    )
     got, _, _ = ours._cell(Parts(*(part[:, 70:] for part in parts)), memory, top, None)
     assert_close(got, more.movedim(1, 2), "cell from a state")
 
@@ -107,13 +123,17 @@ def official_slstm():
 
 def our_slstm(theirs):
     ours, cell = SLSTM.Config().build(WIDTH).double(), theirs.slstm_cell
-    ours.load_state_dict({
-        "conv.weight": theirs.conv1d.conv.weight, "conv.bias": theirs.conv1d.conv.bias,
-        "if_weight": torch.cat([theirs.fgate.weight, theirs.igate.weight], dim=1),  # by slot, not by name
-        "zo_weight": torch.cat([theirs.zgate.weight, theirs.ogate.weight], dim=1),
-        "recurrent": cell._recurrent_kernel_int2ext(cell._recurrent_kernel_),
-        "bias": cell._bias_int2ext(cell._bias_), "norm_weight": 1 + theirs.group_norm.weight,
-    })
+    ours.load_state_dict(
+        {
+            "conv.weight": theirs.conv1d.conv.weight,
+            "conv.bias": theirs.conv1d.conv.bias,
+            "if_weight": torch.cat([theirs.fgate.weight, theirs.igate.weight], dim=1),  # by slot, not by name
+            "zo_weight": torch.cat([theirs.zgate.weight, theirs.ogate.weight], dim=1),
+            "recurrent": cell._recurrent_kernel_int2ext(cell._recurrent_kernel_),
+            "bias": cell._bias_int2ext(cell._bias_),
+            "norm_weight": 1 + theirs.group_norm.weight,
+        }
+    )
     return ours
 
 
@@ -185,8 +205,10 @@ def retention_of_the_paper(mixer, x, eps):
     q, k, v = (heads(x, proj) for proj in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
     size = q.shape[-1]
     turn = torch.arange(length)[:, None] * 10000 ** -torch.linspace(0, 1, size // 2, dtype=torch.float64)
-    q, k = (torch.view_as_complex(part.unflatten(-1, (-1, 2)).contiguous()) * torch.polar(torch.ones_like(turn), turn)
-            for part in (q, k * size**-0.5))
+    q, k = (
+        torch.view_as_complex(part.unflatten(-1, (-1, 2)).contiguous()) * torch.polar(torch.ones_like(turn), turn)
+        for part in (q, k * size**-0.5)
+    )
     gamma = 1 - 2.0 ** (-5 - torch.arange(n, dtype=torch.float64))
     apart = torch.arange(length)[:, None] - torch.arange(length)
     decay = torch.where(apart >= 0, gamma[:, None, None] ** apart.clamp(min=0), 0.0)

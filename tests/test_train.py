@@ -249,10 +249,14 @@ def test_learning_rate_warms_up_and_falls_to_a_tenth():
 
 
 def test_settings_are_checked():
-    cases = [({"tokens": 0}, "tokens must be at least 1, got 0"), ({"lr": 0.0}, "lr must be positive, got 0.0"),
-             ({"warmup": 2.0}, "warmup is a share"), ({"seed": -1}, "seed must not be negative"),
-             ({"clip": math.nan}, "clip must not be negative, got nan"),
-             ({"batch": 4, "accumulate": 3}, "a batch of 4 rows cannot be split into 3 equal parts")]
+    cases = [
+        ({"tokens": 0}, "tokens must be at least 1, got 0"),
+        ({"lr": 0.0}, "lr must be positive, got 0.0"),
+        ({"warmup": 2.0}, "warmup is a share"),
+        ({"seed": -1}, "seed must not be negative"),
+        ({"clip": math.nan}, "clip must not be negative, got nan"),
+        ({"batch": 4, "accumulate": 3}, "a batch of 4 rows cannot be split into 3 equal parts"),
+    ]
     for changes, message in cases:
         with pytest.raises(ValueError, match=message):
             Trainer.Config(**changes)
@@ -415,8 +419,11 @@ def test_damaged_checkpoints_are_refused(tmp_path):
     flipped[-9] ^= 1
     everlong.save(model(), tmp_path / "other")
     other = (tmp_path / "other" / "model.safetensors").read_bytes()
-    cases = [(whole[:-10], "not a whole safetensors file"), (bytes(flipped), "altered since it was written"),
-             (other, "not the checkpoint of a training run")]
+    cases = [
+        (whole[:-10], "not a whole safetensors file"),
+        (bytes(flipped), "altered since it was written"),
+        (other, "not the checkpoint of a training run"),
+    ]
     for data, message in cases:
         path.write_bytes(data)
         with pytest.raises(ValueError, match=message):

@@ -19,15 +19,33 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "load": "checkpoints.folder", "load_tokenizer": "checkpoints.folder", "save": "checkpoints.folder",
-    "Layer": "models.blocks", "pattern": "models.blocks", "LanguageModel": "models.lm",
-    "Sampling": "models.generate", "Session": "models.generate", "generate": "models.generate",
-    "stream_text": "models.generate", "preset": "models.presets", "explain": "ops.dispatch",
+    "load": "checkpoints.folder",
+    "load_tokenizer": "checkpoints.folder",
+    "save": "checkpoints.folder",
+    "Layer": "models.blocks",
+    "pattern": "models.blocks",
+    "LanguageModel": "models.lm",
+    "Sampling": "models.generate",
+    "Session": "models.generate",
+    "generate": "models.generate",
+    "stream_text": "models.generate",
+    "preset": "models.presets",
+    "explain": "ops.dispatch",
 }
 
 __all__ = [
-    "LanguageModel", "Layer", "Sampling", "Session", "explain", "generate", "load", "load_tokenizer", "pattern",
-    "preset", "save", "stream_text",
+    "LanguageModel",
+    "Layer",
+    "Sampling",
+    "Session",
+    "explain",
+    "generate",
+    "load",
+    "load_tokenizer",
+    "pattern",
+    "preset",
+    "save",
+    "stream_text",
 ]
 
 

@@ -22,15 +22,27 @@ app = typer.Typer(
 @app.command()
 def compare(
     paths: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
-    data: Annotated[list[str] | None, typer.Option(metavar="PATH...", help="Text files, folders or globs; without it, "
-                                                   "the sources of Python's standard library.")] = None,
-    mixers: Annotated[str, typer.Option(help="Architectures, separated by commas: the default ones, any name from "
-                                        "`everlong list`, dotted paths of your own.",
-                                        )] = "attention,mamba,mamba2,rwkv7,griffin,jamba",
-    params: Annotated[int | None, typer.Option(help="Parameters of every model, within 5 %.",
-                                               show_default="400,000")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens that every model is trained on.",
-                                               show_default="chosen for a run of some 5 minutes")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH...",
+            help="Text files, folders or globs; without it, the sources of Python's standard library.",
+        ),
+    ] = None,
+    mixers: Annotated[
+        str,
+        typer.Option(
+            help="Architectures, separated by commas: the default ones, any name from "
+            "`everlong list`, dotted paths of your own.",
+        ),
+    ] = "attention,mamba,mamba2,rwkv7,griffin,jamba",
+    params: Annotated[
+        int | None, typer.Option(help="Parameters of every model, within 5 %.", show_default="400,000")
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens that every model is trained on.", show_default="chosen for a run of some 5 minutes"),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the results.", show_default="runs/compare")] = None,
     seed: Annotated[int, typer.Option(help="Of initial values, order of the text, and samples.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="About a minute: small models, hardly trained.")] = False,
@@ -71,8 +83,10 @@ def generate(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: make repeated tokens less likely.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Draw the same text again.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
-    session: Annotated[Path | None, typer.Option(help="Go on from the session in this file, if it exists, and "
-                                                    "save it there at the end.")] = None,
+    session: Annotated[
+        Path | None,
+        typer.Option(help="Go on from the session in this file, if it exists, and save it there at the end."),
+    ] = None,
 ) -> None:
     """Continue a text, streaming.
 
@@ -84,8 +98,9 @@ def generate(
     from .checkpoints.stream import continue_text
     from .models.generate import Sampling
 
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                        repetition_penalty=repetition_penalty, seed=seed)
+    sampling = Sampling(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed
+    )
     text = sys.stdin.read() if prompt == "-" else prompt
     print(text, end="", flush=True)
     for piece in continue_text(model, text, max_tokens=max_tokens, sampling=sampling, stop=stop or (), session=session):
@@ -96,11 +111,19 @@ def generate(
 @app.command()
 def train(
     context: typer.Context,
-    paths: Annotated[list[str] | None, typer.Argument(help="Text files, folders or globs; none: the sources of "
-                                                         "Python's standard library.", show_default=False)] = None,
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Text files, folders or globs; none: the sources of Python's standard library.", show_default=False
+        ),
+    ] = None,
     mixer: Annotated[str, typer.Option(help="A name from `everlong list`, or the dotted path of your own.")] = "mamba2",
-    config: Annotated[Path | None, typer.Option(help="A model's config as JSON (or the folder of a model), "
-                                                   "in place of --mixer, --d-model and --layers.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="A model's config as JSON (or the folder of a model), in place of --mixer, --d-model and --layers."
+        ),
+    ] = None,
     d_model: Annotated[int, typer.Option(help="Width of the model.")] = 128,
     layers: Annotated[int, typer.Option(help="Number of layers.")] = 4,
     tokens: Annotated[int, typer.Option(help="Tokens to train on in all.")] = 2_000_000,
@@ -129,8 +152,16 @@ def train(
         show.refuse_other_options(context, "resume")
         show.train(job.read_job(resume), resume)
         return
-    settings = job.Trainer.Config(tokens=tokens, context=length, batch=batch, accumulate=accumulate, lr=lr, bf16=bf16,
-                                  seed=seed, save_every=save_every)
+    settings = job.Trainer.Config(
+        tokens=tokens,
+        context=length,
+        batch=batch,
+        accumulate=accumulate,
+        lr=lr,
+        bf16=bf16,
+        seed=seed,
+        save_every=save_every,
+    )
     if config is not None:
         show.refuse_other_options(context, "config", "mixer", "d_model", "layers")
         model, name = job.read_model_config(config), config.stem

@@ -261,7 +261,9 @@ def matrix(subject: Subject) -> None:
         return
     matrix, values, output = mixing
     if matrix.shape != (2, values.shape[2], 37, 37):
-        raise AssertionError(f"the matrix has shape {list(matrix.shape)}, expected [B H T T] = {[2, values.shape[2], 37, 37]}")
+        raise AssertionError(
+            f"the matrix has shape {list(matrix.shape)}, expected [B H T T] = {[2, values.shape[2], 37, 37]}"
+        )
     if float(matrix.triu(1).abs().max()) > 1e-12:
         raise AssertionError("the matrix is not causal")
     same(torch.einsum("bhij,bjhv->bihv", matrix, values), output, "matrix times values")

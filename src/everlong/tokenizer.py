@@ -65,8 +65,10 @@ class ByteTokenizer:
 def _as_bytes(tokens: Sequence[int]) -> bytes:
     odd = next((token for token in tokens if not 0 <= token < 256), None)
     if odd is not None:
-        raise ValueError(f"token {odd} is no byte (0 to 255); the model's own tokenizer is needed, save the model with "
-                         "it: everlong.save(model, folder, tokenizer)")
+        raise ValueError(
+            f"token {odd} is no byte (0 to 255); the model's own tokenizer is needed, save the model with "
+            "it: everlong.save(model, folder, tokenizer)"
+        )
     return bytes(tokens)
 
 
@@ -127,7 +129,7 @@ class _FileDecoder:
 
 
 def open_tokenizer(name: str | Path | None) -> ByteTokenizer | FileTokenizer:
-    """``None`` or "bytes" for bytes; else the path of a tokenizer file, or of a folder that holds ``tokenizer.json``."""
+    """``None`` or "bytes" for bytes; else the path of a tokenizer file, or of a folder with a ``tokenizer.json``."""
     if name is None or str(name) == "bytes":
         return ByteTokenizer()
     path = Path(name)

@@ -109,5 +109,3 @@ def _check_tensors(model: LanguageModel, tensors: dict[str, Tensor], path: Path)
             )
         if got.is_floating_point() and not bool(torch.isfinite(got).all()):
             raise ValueError(f"{path}: {name} holds NaN or infinity; training diverged or the file was altered")
-
-

@@ -10,8 +10,15 @@ from ..models.generate import Sampling, generate, new_session, stream_text
 from .folder import load, load_tokenizer
 
 
-def continue_text(folder: str | Path, prompt: str, *, max_tokens: int = 256, sampling: Sampling = Sampling(),
-                  stop: Sequence[str] = (), session: Path | None = None) -> Iterator[str]:
+def continue_text(
+    folder: str | Path,
+    prompt: str,
+    *,
+    max_tokens: int = 256,
+    sampling: Sampling = Sampling(),
+    stop: Sequence[str] = (),
+    session: Path | None = None,
+) -> Iterator[str]:
     """Pieces of text that continue ``prompt``, from the model in ``folder``.
 
     ``session`` names a file: where it exists the text goes on from it, and it is written at the end, so

@@ -89,8 +89,7 @@ def _griffin(shape: Shape) -> tuple[Layer.Config, ...]:
     mlp = _mixer("swiglu", hidden=shape.hidden(3), activation="gelu_tanh", bias=True)
     recurrent = Layer.Config(mixer=_mixer("rg_lru", n_heads=shape.heads), mlp=mlp, norm=norm)
     window = max(16, shape.context // 4)
-    local = _mixer("attention", n_heads=shape.heads, n_kv_heads=1, window=window, rope_fraction=0.5,
-                   out_bias=True)
+    local = _mixer("attention", n_heads=shape.heads, n_kv_heads=1, window=window, rope_fraction=0.5, out_bias=True)
     return (recurrent, recurrent, Layer.Config(mixer=local, mlp=mlp, norm=norm))
 
 
@@ -112,12 +111,28 @@ ARCHITECTURES: dict[str, Architecture] = {
     "attention": Architecture("Transformer", _attention),
     "mamba": Architecture("Mamba", _mamba, 0.25, lambda shape: {"residual_fp32": True}),
     "mamba2": Architecture("Mamba-2", _mamba2, 0.5, lambda shape: {"residual_fp32": True}),
-    "rwkv7": Architecture("RWKV-7", _rwkv7, 1.0, lambda shape: {
-        "norm": Norm.Config(style="layer"), "embed_norm": Norm.Config(style="layer"), "tied": False,
-        "embed_std": 1e-4}),
-    "griffin": Architecture("Griffin", _griffin, 1.0, lambda shape: {
-        "norm": Norm.Config(eps=1e-6), "embed_scale": shape.d_model**0.5, "embed_std": shape.d_model**-0.5,
-        "logit_cap": 30.0}),
+    "rwkv7": Architecture(
+        "RWKV-7",
+        _rwkv7,
+        1.0,
+        lambda shape: {
+            "norm": Norm.Config(style="layer"),
+            "embed_norm": Norm.Config(style="layer"),
+            "tied": False,
+            "embed_std": 1e-4,
+        },
+    ),
+    "griffin": Architecture(
+        "Griffin",
+        _griffin,
+        1.0,
+        lambda shape: {
+            "norm": Norm.Config(eps=1e-6),
+            "embed_scale": shape.d_model**0.5,
+            "embed_std": shape.d_model**-0.5,
+            "logit_cap": 30.0,
+        },
+    ),
     "jamba": Architecture("Jamba (Mamba-2 + attention)", _jamba),
 }
 
@@ -171,8 +186,9 @@ def _layer(layer: Layer.Config, d_model: int, later: bool) -> int:
         return sum(p.numel() for p in built.parameters())
 
 
-def sized(name: str, params: int, *, vocab_size: int = 256, context: int = 256,
-          min_layers: int = 2) -> LanguageModel.Config:
+def sized(
+    name: str, params: int, *, vocab_size: int = 256, context: int = 256, min_layers: int = 2
+) -> LanguageModel.Config:
     """The model of an architecture with ``params`` parameters, within 5 %.
 
     Width, depth and the width of the MLPs are chosen, as near as possible to the usual proportions (width 40 times the
@@ -197,6 +213,7 @@ def _candidates(name: str, params: int, vocab_size: int, context: int, min_layer
     ideal = (ASPECT * params / 12) ** (1 / 3)
     problem = None
     for shape in _shapes(architecture(name), ideal, context):
+
         def build(repeats: int, mlp: float = 1.0, shape: Shape = shape) -> LanguageModel.Config:
             return make(name, Shape(shape.d_model, shape.head, mlp, context), repeats, vocab_size)
 
@@ -236,8 +253,8 @@ def _with_mlp(build: Callable[..., LanguageModel.Config], repeats: int, params: 
 
 def _oddness(cfg: LanguageModel.Config, plain: LanguageModel.Config, width: float) -> float:
     """0 for the usual proportions: log of the width over the ideal one, and of the MLP's over the usual one."""
-    ratios = [a.mlp.hidden / b.mlp.hidden for a, b in zip(cfg.layers, plain.layers, strict=True)  # type: ignore
-              if a.mlp is not None and b.mlp is not None]
+    pairs: list[tuple[Any, Any]] = [(a.mlp, b.mlp) for a, b in zip(cfg.layers, plain.layers, strict=True)]
+    ratios = [ours.hidden / usual.hidden for ours, usual in pairs if ours is not None and usual is not None]
     return abs(math.log(width)) + max((abs(math.log(ratio)) for ratio in ratios), default=0.0)
 
 

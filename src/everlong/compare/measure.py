@@ -118,8 +118,7 @@ def _buckets(values: Tensor) -> list[tuple[int, float]]:
     """Means of ``values [T]`` over buckets that grow by sqrt 2, each at its middle (counted from 1)."""
     edges = sorted({min(round(2 ** (k / 2)), len(values) + 1) for k in range(2 * len(values).bit_length() + 2)})
     return [
-        (round(math.sqrt(low * (high - 1))), float(values[low - 1 : high - 1].mean()))
-        for low, high in pairwise(edges)
+        (round(math.sqrt(low * (high - 1))), float(values[low - 1 : high - 1].mean())) for low, high in pairwise(edges)
     ]
 
 

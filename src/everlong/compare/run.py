@@ -42,17 +42,23 @@ class Comparison:
     parameters that cannot be had, text that is too short, and a folder with the results of other settings.
     """
 
-    def __init__(self, out: str | Path, *, names: Sequence[str] = DEFAULT, data: Sequence[str | Path] | None = None,
-                 settings: Settings = Settings(), command: str = "", console: Console | None = None) -> None:
+    def __init__(
+        self,
+        out: str | Path,
+        *,
+        names: Sequence[str] = DEFAULT,
+        data: Sequence[str | Path] | None = None,
+        settings: Settings = Settings(),
+        command: str = "",
+        console: Console | None = None,
+    ) -> None:
         self.out, self.names, self.settings = Path(out), _checked(names), settings
         self.console = console or Console()
         self.configs = {
             name: sized(name, settings.params, vocab_size=256, context=settings.context) for name in self.names
         }
         corpus = Corpus.from_paths(default_paths() if data is None else data)
-        self.train, self.held_out = corpus.split(settings.held_out, settings.seed)
-        self.train.windows(settings.context)
-        self.runs = measure.held_out_runs(self.held_out, settings.context, settings.runs, settings.seed)
+        self.train, self.held_out, self.runs = _divided(corpus, settings)
         self.prompts = PROMPTS if data is None else _openings(self.held_out)
         self.results = self._opened()
         self.results.update(command=command, machine=machine(), settings=self._described(corpus, data))
@@ -63,9 +69,16 @@ class Comparison:
         cfg = self.settings
         return {
             "data": ["the Python standard library's source"] if data is None else [str(path) for path in data],
-            "data_bytes": corpus.nbytes, "data_files": corpus.documents, "train_tokens": cfg.training().steps
-            * cfg.batch * cfg.context, "context": cfg.context, "batch": cfg.batch, "params": cfg.params,
-            "seed": cfg.seed, "quick": cfg.quick, "optimizer": cfg.optimizer, "held_out_bytes": self.held_out.nbytes,
+            "data_bytes": corpus.nbytes,
+            "data_files": corpus.documents,
+            "train_tokens": cfg.training().steps * cfg.batch * cfg.context,
+            "context": cfg.context,
+            "batch": cfg.batch,
+            "params": cfg.params,
+            "seed": cfg.seed,
+            "quick": cfg.quick,
+            "optimizer": cfg.optimizer,
+            "held_out_bytes": self.held_out.nbytes,
         }
 
     def _opened(self) -> dict[str, Any]:
@@ -88,8 +101,13 @@ class Comparison:
         with torch.device("meta"):
             memory = cfg.build().memory
         return {
-            "name": name, "title": architecture(name).title, "layers": describe(cfg), "equation": equation(cfg),
-            "memory": memory, "params": count(cfg), "status": "pending",
+            "name": name,
+            "title": architecture(name).title,
+            "layers": describe(cfg),
+            "equation": equation(cfg),
+            "memory": memory,
+            "params": count(cfg),
+            "status": "pending",
         }
 
     def run(self) -> dict[str, Any]:
@@ -135,11 +153,13 @@ class Comparison:
         model = self._model(name)
         text, speed, decode = model.get("text", {}), model.get("prefill"), model.get("decode")
         columns = {
-            "params": model["params"], "train": model.get("training", {}).get("tokens_per_second"),
+            "params": model["params"],
+            "train": model.get("training", {}).get("tokens_per_second"),
             "held_out": text.get("bits_per_byte"),
             "recall": _mean([right for _, right in model.get("recall", {}).get("pairs", [])]),
             "state": dict(model.get("state_bytes", {}).get("computed", [])).get(2**17),
-            "prefill": speed[-1][1] if speed else None, "decode": decode[-1]["p50_ms"] if decode else None,
+            "prefill": speed[-1][1] if speed else None,
+            "decode": decode[-1]["p50_ms"] if decode else None,
         }
         shown = self._shown.setdefault(name, {})
         self.board.update(name, **{key: value for key, value in columns.items() if value not in (None, shown.get(key))})
@@ -164,8 +184,11 @@ class Comparison:
 
     def _watch(self, name: str, stage: str) -> Callable[[Progress], None]:
         def watch(progress: Progress) -> None:
-            columns = {} if progress.bits_per_byte is None else {
-                "train": progress.tokens_per_second, "loss": progress.bits_per_byte}
+            columns = (
+                {}
+                if progress.bits_per_byte is None
+                else {"train": progress.tokens_per_second, "loss": progress.bits_per_byte}
+            )
             self.board.update(name, status=stage, progress=progress.step / progress.steps, **columns)
 
         return watch
@@ -208,10 +231,15 @@ class Comparison:
         model = cfg.model(shape).build()
         watch = self._watch(name, "recall")
         tokens = measure.learn(Trainer(model, cfg.task().build(), cfg.training(seed)), cfg.enough, watch)
-        self._store(name, recall={
-            "chance": measure.chance(cfg.task()), "train_tokens": tokens, "train_pairs": max(cfg.pairs),
-            "pairs": [[n, measure.recall_accuracy(model, cfg.test(n), cfg.sequences, seed)] for n in cfg.tests],
-        })
+        self._store(
+            name,
+            recall={
+                "chance": measure.chance(cfg.task()),
+                "train_tokens": tokens,
+                "train_pairs": max(cfg.pairs),
+                "pairs": [[n, measure.recall_accuracy(model, cfg.test(n), cfg.sequences, seed)] for n in cfg.tests],
+            },
+        )
 
     def _state(self, name: str) -> None:
         if model := self._begin(name, "measuring", "state_bytes"):
@@ -230,8 +258,14 @@ class Comparison:
         return self.runs.batch.tokens.flatten()[None]
 
 
-def compare(out: str | Path | None = None, *, names: Sequence[str] = DEFAULT,
-            data: Sequence[str | Path] | None = None, settings: Settings = Settings(), command: str = "") -> bool:
+def compare(
+    out: str | Path | None = None,
+    *,
+    names: Sequence[str] = DEFAULT,
+    data: Sequence[str | Path] | None = None,
+    settings: Settings = Settings(),
+    command: str = "",
+) -> bool:
     """Run a comparison (see ``Comparison``), print its summary, and say whether it is complete.
 
     ``out`` None is ``runs/compare``, or ``runs/quick`` for quick settings.
@@ -243,6 +277,20 @@ def compare(out: str | Path | None = None, *, names: Sequence[str] = DEFAULT,
     console.print()
     summary(results, folder / REPORT, console)
     return results["complete"]
+
+
+def _divided(corpus: Corpus, cfg: Settings) -> tuple[Corpus, Corpus, measure.Runs]:
+    """Text to learn, text held out (more than ``held_out`` of a short one), and its stretches to measure on."""
+    share = max(cfg.held_out, min(0.25, 8 * cfg.context / len(corpus)))
+    try:
+        train, held_out = corpus.split(share, cfg.seed)
+        train.windows(cfg.context)
+        return train, held_out, measure.held_out_runs(held_out, cfg.context, cfg.runs, cfg.seed)
+    except ValueError as error:
+        raise ValueError(
+            f"the text has {corpus.nbytes:,} bytes, too few to train on sequences of {cfg.context} tokens and to hold "
+            f"out a quarter for measuring; give at least {8 * cfg.context:,} bytes with --data"
+        ) from error
 
 
 def _checked(names: Sequence[str]) -> tuple[str, ...]:
@@ -278,7 +326,9 @@ def _training(curve: Sequence[Progress]) -> dict[str, Any]:
     parts = [curve[at : at + size] for at in range(0, len(curve), size)]
     means = [[part[-1].tokens, _mean([p.bits_per_byte for p in part if p.bits_per_byte is not None])] for part in parts]
     return {
-        "tokens": curve[-1].tokens, "seconds": curve[-1].seconds, "tokens_per_second": speeds[len(speeds) // 2],
+        "tokens": curve[-1].tokens,
+        "seconds": curve[-1].seconds,
+        "tokens_per_second": speeds[len(speeds) // 2],
         "curve": means,
     }
 
@@ -291,6 +341,8 @@ def _openings(held_out: Corpus, size: int = 40) -> tuple[str, ...]:
     """The first characters of three held-out documents, the separator left out."""
     tokenizer = held_out.tokenizer
     skipped = 0 if tokenizer.eos is None else 1
-    texts = (tokenizer.decode(held_out.document(index)[skipped : size + skipped].tolist()) for index in range(
-        min(3, held_out.documents)))
+    texts = (
+        tokenizer.decode(held_out.document(index)[skipped : size + skipped].tolist())
+        for index in range(min(3, held_out.documents))
+    )
     return tuple(text for text in texts if text.strip())

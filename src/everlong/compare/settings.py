@@ -100,8 +100,15 @@ class Settings(config.Config):
 def quick() -> Settings:
     """A run of one to two minutes: it shows that everything works and the rough order, no more."""
     return Settings(
-        params=150_000, tokens=120_000, quick=True, runs=8, lengths=(256, 1024, 4096), seconds=0.25, decode_steps=60,
-        sample_tokens=100, recall=Recall(tokens=320_000, sequences=96),
+        params=150_000,
+        tokens=120_000,
+        quick=True,
+        runs=8,
+        lengths=(256, 1024, 4096),
+        seconds=0.25,
+        decode_steps=60,
+        sample_tokens=100,
+        recall=Recall(tokens=320_000, sequences=96),
     )
 
 
@@ -117,9 +124,14 @@ def profile(short: bool, *, seed: int = 0, params: int | None = None, tokens: in
 def machine() -> dict[str, Any]:
     """The machine and the versions, for the report."""
     return {
-        "cpu": _cpu(), "cores": os.cpu_count() or 1, "threads": torch.get_num_threads(), "memory_gib": _memory(),
-        "system": f"{platform.system()} {platform.release()}", "python": platform.python_version(),
-        "torch": torch.__version__, "everlong": __version__,
+        "cpu": _cpu(),
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "memory_gib": _memory(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "everlong": __version__,
     }
 
 

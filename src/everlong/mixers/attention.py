@@ -21,6 +21,7 @@ from . import base
 
 Turn = tuple[Tensor, Tensor]  # cosines and sines
 
+
 class Attention(base.Mixer):
     """Attention; keeps every key and value, or with ``window`` the last ones."""
 

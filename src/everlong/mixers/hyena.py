@@ -116,8 +116,9 @@ class Hyena(base.Mixer):
     def forward(self, x: Tensor, state: Any = None, *, starts: Tensor | None = None) -> tuple[Tensor, State]:
         """x [B T D] -> y [B T D], state."""
         state = self.begin(x, state, starts)
-        z, conv = short_conv(self.in_proj(x), weight=self.conv.weight[:, 0], bias=self.conv.bias, state=state.conv,
-                             starts=starts)
+        z, conv = short_conv(
+            self.in_proj(x), weight=self.conv.weight[:, 0], bias=self.conv.bias, state=state.conv, starts=starts
+        )
         gates, v = self._split(z)
         kernels = self._kernels(state.histories[0].x.shape[1] + x.shape[1])
         histories = []

@@ -75,7 +75,7 @@ class Mamba(base.Mixer):
     @torch.no_grad()
     def _initialize(self) -> None:
         """dt starts log-uniform between dt_min and dt_max; the output shrinks with the number of layers."""
-        self.dt_proj.weight.uniform_(-self.rank**-0.5, self.rank**-0.5)
+        self.dt_proj.weight.uniform_(-(self.rank**-0.5), self.rank**-0.5)
         self.dt_proj.bias.copy_(base.dt_bias(len(self.D), self.cfg.dt_min, self.cfg.dt_max))
         self.out_proj.weight /= math.sqrt(self.depth.total)
 

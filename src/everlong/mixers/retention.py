@@ -46,8 +46,10 @@ class Retention(base.Mixer):
         values = int(cfg.expand_v * d_model)
         self.head_k, self.head_v = base.split_heads(d_model, cfg.n_heads), base.split_heads(values, cfg.n_heads)
         if self.head_k % 2:
-            raise ValueError(f"each head has {self.head_k} keys, expected an even number to rotate in pairs; "
-                             f"choose another n_heads than {cfg.n_heads}")
+            raise ValueError(
+                f"each head has {self.head_k} keys, expected an even number to rotate in pairs; "
+                f"choose another n_heads than {cfg.n_heads}"
+            )
         self.q_proj = nn.Linear(d_model, d_model, bias=False)
         self.k_proj = nn.Linear(d_model, d_model, bias=False)
         self.v_proj = nn.Linear(d_model, values, bias=False)

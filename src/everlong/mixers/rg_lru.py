@@ -113,7 +113,8 @@ class RGLRU(base.Mixer):
         """x [B T D] -> y [B T D], state."""
         old = self.begin(x, state, starts)
         values, conv = short_conv(
-            self.linear_x(x), weight=self.conv_weight, bias=self.conv_bias, state=old.conv, starts=starts)
+            self.linear_x(x), weight=self.conv_weight, bias=self.conv_bias, state=old.conv, starts=starts
+        )
         g, scale = self._recurrence(values, _first(x, old.begun, starts))
         h, memory = diagonal_scan(scale * values, g, state=old.memory)
         return self._finish(h, x), self.State(conv=conv, memory=memory, begun=torch.ones_like(old.begun))
@@ -121,8 +122,7 @@ class RGLRU(base.Mixer):
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """x [B D] -> y [B D], state."""
         old = self.begin(x, state)
-        values, conv = short_conv_step(
-            self.linear_x(x), weight=self.conv_weight, bias=self.conv_bias, state=old.conv)
+        values, conv = short_conv_step(self.linear_x(x), weight=self.conv_weight, bias=self.conv_bias, state=old.conv)
         g, scale = self._recurrence(values, ~old.begun)
         h, memory = diagonal_scan_step(scale * values, g, state=old.memory)
         return self._finish(h, x), self.State(conv=conv, memory=memory, begun=torch.ones_like(old.begun))

@@ -95,7 +95,8 @@ class RWKV7(base.Mixer):
         self.r_k = nn.Parameter(torch.full((self.n_heads, cfg.head_size), -0.04))
         self._make_loras()
         self.r_proj, self.k_proj, self.v_proj, self.out_proj = (
-            nn.Linear(d_model, d_model, bias=False) for _ in range(4))
+            nn.Linear(d_model, d_model, bias=False) for _ in range(4)
+        )
         self.norm_weight = nn.Parameter(torch.full((d_model,), ((1 + depth.layer) / depth.total) ** 0.7))
         self.norm_bias = nn.Parameter(torch.zeros(d_model))
         for proj, bound in ((self.r_proj, 0.5), (self.k_proj, 0.05), (self.v_proj, 0.5), (self.out_proj, 0.0)):
@@ -129,8 +130,12 @@ class RWKV7(base.Mixer):
         g, alpha = LOG_DECAY * self.decay(x_w).sigmoid(), self.rate(x_a).sigmoid()
         kappa = F.normalize(self._heads(k * self.k_k), dim=-1, eps=1e-12)
         rule: dict[str, Any] = {
-            "q": self._heads(r), "k": self._heads(k * (1 + (alpha - 1) * self.k_a)),
-            "v": self._heads(v), "a": -kappa, "b": kappa * self._heads(alpha), "g": self._heads(g),
+            "q": self._heads(r),
+            "k": self._heads(k * (1 + (alpha - 1) * self.k_a)),
+            "v": self._heads(v),
+            "a": -kappa,
+            "b": kappa * self._heads(alpha),
+            "g": self._heads(g),
         }
         return Parts(rule, self.gate(x_g))
 
@@ -159,8 +164,9 @@ class RWKV7(base.Mixer):
         y = y + (rule["q"] * rule["k"] * self.r_k).sum(-1, keepdim=True) * rule["v"]
         return self.out_proj(y.flatten(-2).to(parts.gate.dtype) * parts.gate)
 
-    def forward(self, x: Tensor, state: Any = None, *, starts: Tensor | None = None,
-                side: dict[str, Tensor] | None = None) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: Any = None, *, starts: Tensor | None = None, side: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, State]:
         """x [B T D] -> y [B T D], state; ``side`` holds the first layer's values [B T D]."""
         before = self.begin(x, state, starts)
         parts = self._parts(x, previous(x, before.last, starts), side)

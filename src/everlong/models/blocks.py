@@ -188,8 +188,9 @@ class Layer(nn.Module):
         """The states of the mixer and of the mlp before the first token."""
         return tuple(block.init_state(batch) for _, block in self._blocks())
 
-    def forward(self, x: Tensor, state: tuple[Any, ...], *, starts: Tensor | None,
-                side: dict[str, Tensor]) -> tuple[Tensor, tuple[Any, ...]]:
+    def forward(
+        self, x: Tensor, state: tuple[Any, ...], *, starts: Tensor | None, side: dict[str, Tensor]
+    ) -> tuple[Tensor, tuple[Any, ...]]:
         """x [B T D] -> y [B T D], state. ``side`` travels from layer to layer of one call."""
         after = []
         for (norm, block), before in zip(self._blocks(), state, strict=True):
@@ -199,8 +200,9 @@ class Layer(nn.Module):
             after.append(kept)
         return x, tuple(after)
 
-    def step(self, x: Tensor, state: tuple[Any, ...], *, side: dict[str, Tensor],
-             owned: bool = False) -> tuple[Tensor, tuple[Any, ...]]:
+    def step(
+        self, x: Tensor, state: tuple[Any, ...], *, side: dict[str, Tensor], owned: bool = False
+    ) -> tuple[Tensor, tuple[Any, ...]]:
         """x [B D] -> y [B D], state. ``owned``: the caller gives the state up, so it may be written in place."""
         after = []
         for (norm, block), before in zip(self._blocks(), state, strict=True):

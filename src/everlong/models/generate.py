@@ -63,7 +63,7 @@ def new_session(model: LanguageModel, batch: int = 1) -> Session:
 
 
 def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Logits [V] after temperature, top-k, top-p (nucleus, arXiv 1904.09751) and min-p (arXiv 2407.01082); -inf = out."""
+    """Logits [V] after temperature, top-k, top-p (arXiv 1904.09751) and min-p (arXiv 2407.01082); -inf is out."""
     logits = logits / sampling.temperature
     if 0 < sampling.top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], float("-inf"))
@@ -95,9 +95,17 @@ class generate(Iterator[int]):
     ``ValueError`` for an empty prompt, ids outside the vocabulary, or weights that give NaN.
     """
 
-    def __init__(self, model: LanguageModel, prompt: Sequence[int], *, max_tokens: int = 256,
-                 sampling: Sampling = Sampling(), session: Session | None = None, stop_ids: Sequence[int] = (),
-                 piece: int = 2048) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        prompt: Sequence[int],
+        *,
+        max_tokens: int = 256,
+        sampling: Sampling = Sampling(),
+        session: Session | None = None,
+        stop_ids: Sequence[int] = (),
+        piece: int = 2048,
+    ) -> None:
         self.model, self.sampling, self.left, self.stop_ids = model, sampling, max_tokens, set(stop_ids)
         device = model.embedding.weight.device
         tokens = _ids(prompt).to(device)[None]
@@ -164,8 +172,9 @@ def _ids(prompt: Sequence[int]) -> Tensor:
     return ids.to(torch.int64)
 
 
-def stream_text(tokens: Iterator[int], tokenizer: Tokenizer, stop: Sequence[str] = (),
-                prompt: Sequence[int] = ()) -> Iterator[str]:
+def stream_text(
+    tokens: Iterator[int], tokenizer: Tokenizer, stop: Sequence[str] = (), prompt: Sequence[int] = ()
+) -> Iterator[str]:
     """Text pieces from token ids: whole characters only, ended before the first of the ``stop`` strings.
 
     Text that may be the beginning of a stop string is held back until it is decided. ``prompt`` is what the tokens

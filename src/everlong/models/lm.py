@@ -118,8 +118,9 @@ class LanguageModel(nn.Module):
         cap = self.cfg.logit_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def hidden(self, tokens: Tensor, state: State | None = None, *,
-               starts: Tensor | None = None) -> tuple[Tensor, State]:
+    def hidden(
+        self, tokens: Tensor, state: State | None = None, *, starts: Tensor | None = None
+    ) -> tuple[Tensor, State]:
         """Everything but the head: tokens [B T] -> normalised hidden states [B T D], state."""
         before = self._begin(tokens, state, starts)
         x, side, after = self.embed(tokens), {}, []  # type: ignore[var-annotated]
@@ -142,8 +143,9 @@ class LanguageModel(nn.Module):
         states.check_like(state, self.init_state(batch))
         return state
 
-    def forward(self, tokens: Tensor, state: State | None = None, *,
-                starts: Tensor | None = None) -> tuple[Tensor, State]:
+    def forward(
+        self, tokens: Tensor, state: State | None = None, *, starts: Tensor | None = None
+    ) -> tuple[Tensor, State]:
         """tokens [B T] -> logits [B T vocab], state. ``starts`` bool [B T] begins documents."""
         hidden, after = self.hidden(tokens, state, starts=starts)
         return self.logits(hidden), after
@@ -167,8 +169,7 @@ class LanguageModel(nn.Module):
             after.append(kept)
         return self.logits(self.norm(x)), self.State(layers=tuple(after), position=state.position + 1)
 
-    def loss(self, tokens: Tensor, targets: Tensor, *, starts: Tensor | None = None,
-             reduction: str = "mean") -> Tensor:
+    def loss(self, tokens: Tensor, targets: Tensor, *, starts: Tensor | None = None, reduction: str = "mean") -> Tensor:
         """Cross-entropy in nats of ``targets [B T]`` (-100 = not counted), reduced by "mean", "sum" or "none".
 
         The logits of a large vocabulary are never held all at once: pieces of tokens are recomputed in backward.
@@ -179,10 +180,12 @@ class LanguageModel(nn.Module):
         if len(rows) <= size:
             losses = self._losses(rows, wanted)
         else:
-            losses = torch.cat([
-                checkpoint(self._losses, r, w, use_reentrant=False)
-                for r, w in zip(rows.split(size), wanted.split(size), strict=True)
-            ])
+            losses = torch.cat(
+                [
+                    checkpoint(self._losses, r, w, use_reentrant=False)
+                    for r, w in zip(rows.split(size), wanted.split(size), strict=True)
+                ]
+            )
         if reduction == "none":
             return losses.view_as(targets)
         return losses.sum() if reduction == "sum" else losses.sum() / (wanted != -100).sum().clamp_min(1)

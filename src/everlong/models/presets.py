@@ -32,7 +32,12 @@ def _rwkv7(layers: int, d_model: int, *ranks: int) -> Config:
     mixer = _mixer("rwkv7", decay_rank=decay, rate_rank=rate, value_rank=value, gate_rank=gate)
     layer = Layer.Config(mixer=mixer, mlp=ChannelMix.Config(), norm=norm)
     return Config(
-        vocab_size=65536, d_model=d_model, layers=(layer,) * layers, norm=norm, embed_norm=norm, tied=False,
+        vocab_size=65536,
+        d_model=d_model,
+        layers=(layer,) * layers,
+        norm=norm,
+        embed_norm=norm,
+        tied=False,
         embed_std=1e-4,
     )
 
@@ -40,9 +45,7 @@ def _rwkv7(layers: int, d_model: int, *ranks: int) -> Config:
 def _recurrent_gemma() -> Config:
     width, norm = 2560, Norm.Config(eps=1e-6)
     mlp = SwiGLU.Config(hidden=3 * width, activation="gelu_tanh", bias=True)
-    local = _mixer(
-        "attention", n_heads=10, n_kv_heads=1, head_dim=256, window=2049, rope_fraction=0.5, out_bias=True
-    )
+    local = _mixer("attention", n_heads=10, n_kv_heads=1, head_dim=256, window=2049, rope_fraction=0.5, out_bias=True)
     layers = pattern(
         "rra" * 8 + "rr",
         r=Layer.Config(mixer=_mixer("rg_lru", n_heads=10), mlp=mlp, norm=norm),

@@ -71,8 +71,9 @@ def token_positions(position: Tensor, time: int, starts: Tensor | None) -> Tenso
     return torch.where(first < 0, position[:, None] + index, index - first)
 
 
-def attention_step(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None,
-                   state: Cache) -> tuple[Tensor, Cache]:
+def attention_step(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, state: Cache
+) -> tuple[Tensor, Cache]:
     """One token, the definition. q [B H K], k [B G K], v [B G V] -> y [B H V], state (the one given is not changed)."""
     slots = state.k.shape[1] if isinstance(state, Ring) else state.k.shape[1] + 1
     mine = torch.arange(slots, device=q.device) == (state.position % slots)[:, None]
@@ -101,8 +102,9 @@ def _scale(q: Tensor, scale: float | None) -> float:
     return q.shape[-1] ** -0.5 if scale is None else scale
 
 
-def attention_step_(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None,
-                    state: Cache) -> tuple[Tensor, Cache]:
+def attention_step_(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, state: Cache
+) -> tuple[Tensor, Cache]:
     """``attention_step`` for a caller that owns ``state`` alone and gives it up: its buffers are written in place.
 
     A cache without a free slot is first copied into one with half as many slots again, so n tokens
@@ -125,8 +127,16 @@ def _with_room(x: Tensor, slots: int) -> Tensor:
     return x if x.shape[1] >= slots else F.pad(x, [0, 0, 0, 0, 0, max(slots * 3 // 2, 16) - x.shape[1]])
 
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, scale: float | None = None,
-                        state: Cache | None = None, starts: Tensor | None = None) -> tuple[Tensor, Cache]:
+def attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    state: Cache | None = None,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Cache]:
     """What the loop over ``attention_step`` gives: the cache is played through token by token, on indices of keys.
 
     Carrying the cache itself would copy the past T times, for autograd too; so only the mask that the
@@ -134,8 +144,10 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, *, window: int | None =
     """
     state = empty_cache(k, v, window) if state is None else state
     keys, values = torch.cat([state.k, k.to(state.k.dtype)], 1), torch.cat([state.v, v.to(state.v.dtype)], 1)
-    games = [_play(int(position), state.k.shape[1], window, [False] * q.shape[1] if begins is None else begins.tolist())
-             for position, begins in zip(state.position, [None] * len(q) if starts is None else starts, strict=True)]
+    games = [
+        _play(int(position), state.k.shape[1], window, [False] * q.shape[1] if begins is None else begins.tolist())
+        for position, begins in zip(state.position, [None] * len(q) if starts is None else starts, strict=True)
+    ]
     seen, held, position = (torch.stack(column).to(q.device) for column in zip(*games, strict=True))
     new_keys, new_values = (_take(x, held.clamp_min(0), held >= 0) for x in (keys, values))
     return _read(q, keys, values, seen, scale).to(v.dtype), type(state)(new_keys, new_values, position)
@@ -156,8 +168,16 @@ def _play(position: int, slots: int, window: int | None, begins: list[bool]) -> 
     return seen, held, torch.tensor(position)
 
 
-def attention_chunk(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, scale: float | None = None,
-                    state: Cache | None = None, starts: Tensor | None = None) -> tuple[Tensor, Cache]:
+def attention_chunk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    state: Cache | None = None,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Cache]:
     """All tokens at once through scaled_dot_product_attention; where a mask is needed, by blocks of queries."""
     time, out = q.shape[1], v.dtype
     if state is not None:
@@ -237,8 +257,7 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, view: _View, scale: float |
     return torch.cat(outputs, dim=1)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, *,
-          causal: bool = False) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, *, causal: bool = False) -> Tensor:
     """scaled_dot_product_attention for our order of axes.  q [B T H K], k [B S G K], v [B S G V] -> [B T H V]."""
     q, k, v = (x.transpose(1, 2) for x in (q.to(k.dtype), k, v))
     grouped = q.shape[1] != k.shape[1]
@@ -282,9 +301,17 @@ TABLE = (
 )
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, scale: float | None = None,
-              state: Cache | None = None, starts: Tensor | None = None,
-              backend: str | None = None) -> tuple[Tensor, Cache]:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    state: Cache | None = None,
+    starts: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Cache]:
     """Causal softmax attention (see the module for the equation).
 
     q [B T H K], k [B T G K], v [B T G V] with G a divisor of H; ``window`` keys are seen, the token's own included
@@ -317,8 +344,10 @@ def inputs(case: Case) -> dict[str, object]:
     groups = 1 if case.variant == "gqa" else case.heads
     shape = (case.batch, case.time)
     return dict(
-        q=case.randn(*shape, case.heads, case.keys), k=case.randn(*shape, groups, case.keys),
-        v=case.randn(*shape, groups, case.values), window=WINDOW if case.variant == "window" else None,
+        q=case.randn(*shape, case.heads, case.keys),
+        k=case.randn(*shape, groups, case.keys),
+        v=case.randn(*shape, groups, case.values),
+        window=WINDOW if case.variant == "window" else None,
     )
 
 

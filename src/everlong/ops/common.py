@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from ..shapes import state_dtype
 
 
-def loop(step: Callable[..., Any], sequence: dict[str, Tensor | None], *, state: Tensor, starts: Tensor | None,
-         **fixed: Any) -> tuple[Tensor, Tensor]:
+def loop(
+    step: Callable[..., Any], sequence: dict[str, Tensor | None], *, state: Tensor, starts: Tensor | None, **fixed: Any
+) -> tuple[Tensor, Tensor]:
     """The definition of an op: ``step`` applied to each token in turn, the state zeroed where one starts.
 
     ``sequence`` holds the inputs with a time axis ``[B T ...]``; ``fixed`` those without.

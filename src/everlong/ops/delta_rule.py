@@ -39,8 +39,9 @@ def gated(k: Tensor, beta: Tensor, g: Tensor) -> dict[str, Tensor]:
     return {"k": beta[..., None] * k, "a": -g.exp()[..., None].to(k.dtype) * k, "g": g}
 
 
-def delta_rule_step(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor | None = None, g: Tensor | None = None, *,
-                    state: Tensor) -> tuple[Tensor, Tensor]:
+def delta_rule_step(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor | None = None, g: Tensor | None = None, *, state: Tensor
+) -> tuple[Tensor, Tensor]:
     """One token, the definition. q, k, a, b [B H K], v [B H V], g [B H] or [B H K], state [B H K V] -> y, state."""
     dtype = state.dtype
     q, k, value, a = (x.to(dtype) for x in (q, k, v, a))
@@ -55,14 +56,32 @@ def delta_rule_step(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor | None
     return (q[..., None, :] @ state).squeeze(-2).to(v.dtype), state
 
 
-def delta_rule_reference(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor | None = None, g: Tensor | None = None,
-                         *, state: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def delta_rule_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor | None = None,
+    g: Tensor | None = None,
+    *,
+    state: Tensor,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """The loop over ``delta_rule_step``."""
     return loop(delta_rule_step, {"q": q, "k": k, "v": v, "a": a, "b": b, "g": g}, state=state, starts=starts)
 
 
-def delta_rule_chunk(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor | None = None, g: Tensor | None = None, *,
-                     state: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def delta_rule_chunk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor | None = None,
+    g: Tensor | None = None,
+    *,
+    state: Tensor,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Chunk-parallel form: a triangular solve inside chunks of 64 tokens, an affine recurrence between them.
 
     A document that starts reads nothing through a, and decays by exp(-inf) = 0: no masks are needed.
@@ -144,9 +163,18 @@ TABLE = (
 )
 
 
-def delta_rule(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor | None = None, g: Tensor | None = None, *,
-               state: Tensor | None = None, starts: Tensor | None = None,
-               backend: str | None = None) -> tuple[Tensor, Tensor]:
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor | None = None,
+    g: Tensor | None = None,
+    *,
+    state: Tensor | None = None,
+    starts: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
     """The generalised delta rule (see the module for the equations).
 
     q, k, a, b [B T H K] (b = k where absent), v [B T H V], g [B T H] or [B T H K] log decays ``<= 0``,
@@ -155,7 +183,8 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor | None = No
     """
     gate = "g B T H" if g is not None and g.dim() == 3 else "g B T H K"
     batch, time, heads, keys, values = dims(
-        f"q B T H K, k B T H K, v B T H V, a B T H K, b B T H K, {gate}", q, k, v, a, b, g)
+        f"q B T H K, k B T H K, v B T H V, a B T H K, b B T H K, {gate}", q, k, v, a, b, g
+    )
     check_starts(starts, batch, time)
     if state is None:
         state = q.new_zeros(batch, heads, keys, values, dtype=state_dtype(q))

@@ -34,8 +34,9 @@ def diagonal_scan_step(b: Tensor, g: Tensor, *, state: Tensor) -> tuple[Tensor, 
     return _as_output(after, b), after
 
 
-def diagonal_scan_reference(b: Tensor, g: Tensor, *, state: Tensor,
-                            starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def diagonal_scan_reference(
+    b: Tensor, g: Tensor, *, state: Tensor, starts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The loop over ``diagonal_scan_step``."""
     if g.dim() == 1:
         return loop(diagonal_scan_step, {"b": b}, g=g, state=state, starts=starts)
@@ -178,8 +179,9 @@ TABLE = (
 )
 
 
-def diagonal_scan(b: Tensor, g: Tensor, *, state: Tensor | None = None, starts: Tensor | None = None,
-                  backend: str | None = None) -> tuple[Tensor, Tensor]:
+def diagonal_scan(
+    b: Tensor, g: Tensor, *, state: Tensor | None = None, starts: Tensor | None = None, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
     """Diagonal linear recurrence (see the module for the equation).
 
     b [B T C]; g [B T C] or [C], log decays with real part ``<= 0``; state [B C] in fp32 or fp64, complex where b or g
@@ -192,8 +194,10 @@ def diagonal_scan(b: Tensor, g: Tensor, *, state: Tensor | None = None, starts: 
         real = state_dtype(b.real)
         state = b.new_zeros(batch, channels, dtype=real.to_complex() if b.is_complex() or g.is_complex() else real)
     elif state.is_complex() != (b.is_complex() or g.is_complex()):
-        raise ValueError(f"state has dtype {state.dtype}, b {b.dtype} and g {g.dtype}; "
-                         "the state must be complex where b or g is, and real otherwise")
+        raise ValueError(
+            f"state has dtype {state.dtype}, b {b.dtype} and g {g.dtype}; "
+            "the state must be complex where b or g is, and real otherwise"
+        )
     return dispatch.run(TABLE, dict(b=b, g=g, state=state, starts=starts), backend)
 
 

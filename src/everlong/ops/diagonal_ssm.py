@@ -31,14 +31,16 @@ def diagonal_ssm_step(x: Tensor, g: Tensor, w: Tensor, *, state: Tensor) -> tupl
     return (w.to(state.dtype) * after).real.sum(-1).to(x.dtype), after
 
 
-def diagonal_ssm_reference(x: Tensor, g: Tensor, w: Tensor, *, state: Tensor,
-                           starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def diagonal_ssm_reference(
+    x: Tensor, g: Tensor, w: Tensor, *, state: Tensor, starts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The loop over ``diagonal_ssm_step``."""
     return loop(diagonal_ssm_step, {"x": x}, g=g, w=w, state=state, starts=starts)
 
 
-def diagonal_ssm_chunk(x: Tensor, g: Tensor, w: Tensor, *, state: Tensor,
-                       starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def diagonal_ssm_chunk(
+    x: Tensor, g: Tensor, w: Tensor, *, state: Tensor, starts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Chunk-parallel form, all in real matrix products per channel; inside, x and y are [C BN L]."""
     batch, time = x.shape[:2]
     size = min(CHUNK, 1 << (time - 1).bit_length())
@@ -141,8 +143,15 @@ TABLE = (
 )
 
 
-def diagonal_ssm(x: Tensor, g: Tensor, w: Tensor, *, state: Tensor | None = None, starts: Tensor | None = None,
-                 backend: str | None = None) -> tuple[Tensor, Tensor]:
+def diagonal_ssm(
+    x: Tensor,
+    g: Tensor,
+    w: Tensor,
+    *,
+    state: Tensor | None = None,
+    starts: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
     """Diagonal state space model per channel (see the module for the equations).
 
     x [B T C]; g [C N] complex log decays with real part ``<= 0``; w [C N] complex; state [B C N] complex; starts

@@ -116,8 +116,12 @@ def _score_shape(reads: Tensor, keys: Tensor) -> tuple[int, ...]:
 
 @_decay_pairs.register_fake
 def _(reads: Tensor, keys: Tensor, decay: Tensor, own: Tensor) -> list[Tensor]:
-    made = [reads.new_empty(_score_shape(reads, keys)), reads.new_empty(reads.shape), keys.new_empty(keys.shape),
-            decay.new_empty(decay.shape[0], decay.shape[2])]
+    made = [
+        reads.new_empty(_score_shape(reads, keys)),
+        reads.new_empty(reads.shape),
+        keys.new_empty(keys.shape),
+        decay.new_empty(decay.shape[0], decay.shape[2]),
+    ]
     size, length = 1, reads.shape[2]
     while size < length:
         pairs = length // size // 2

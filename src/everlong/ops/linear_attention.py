@@ -25,8 +25,9 @@ SEQUENCE = ("q", "k", "v", "g")
 CHUNK = 64
 
 
-def linear_attention_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, *, bonus: Tensor | None = None,
-                          state: Tensor) -> tuple[Tensor, Tensor]:
+def linear_attention_step(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, *, bonus: Tensor | None = None, state: Tensor
+) -> tuple[Tensor, Tensor]:
     """One token, the definition. q, k [B G K], v [B H V], g [B H] or [B H K], state [B H K V] -> y [B H V], state."""
     dtype, shared = state.dtype, v.shape[1] // q.shape[1]
     if shared > 1:
@@ -41,16 +42,30 @@ def linear_attention_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = No
     return torch.einsum("bhk,bhkv->bhv", q.to(dtype), read).to(v.dtype), after
 
 
-def linear_attention_reference(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, *,
-                               bonus: Tensor | None = None, state: Tensor,
-                               starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def linear_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    *,
+    bonus: Tensor | None = None,
+    state: Tensor,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """The loop over ``linear_attention_step``."""
     return loop(linear_attention_step, {"q": q, "k": k, "v": v, "g": g}, bonus=bonus, state=state, starts=starts)
 
 
-def linear_attention_chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, *,
-                           bonus: Tensor | None = None, state: Tensor,
-                           starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def linear_attention_chunk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    *,
+    bonus: Tensor | None = None,
+    state: Tensor,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Chunk-parallel form: scores inside chunks of 64 tokens, a recurrence over chunk states between them."""
     dtype = state.dtype
     wide = [None if x is None else x.to(dtype) for x in (q, k, v, g)]
@@ -61,8 +76,9 @@ def linear_attention_chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = N
     return y.to(v.dtype), state
 
 
-def _per_head(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, *, state: Tensor,
-              starts: Tensor | None) -> tuple[Tensor, Tensor]:
+def _per_head(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, *, state: Tensor, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """One decay per head, or none. Heads of a group (R of them) lie side by side, so that one product serves all.
 
     Decays are applied to values and outputs, which each head has of its own. A document that starts is a
@@ -113,8 +129,9 @@ def _carry(updates: Tensor, keep: Tensor | None, state: Tensor) -> tuple[Tensor,
     return torch.stack(before, dim=2), state
 
 
-def _per_key(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, *, bonus: Tensor | None, state: Tensor,
-             starts: Tensor | None) -> tuple[Tensor, Tensor]:
+def _per_key(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, *, bonus: Tensor | None, state: Tensor, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """One decay per key channel, or a bonus."""
     length = q.shape[1]
     g = torch.zeros_like(q) if g is None else g if g.dim() == 4 else g[..., None].expand_as(q)
@@ -123,8 +140,12 @@ def _per_key(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, *, bonus: Tensor
         q, g = q.masked_fill(starts[..., None, None], 0.0), g.masked_fill(starts[..., None, None], float("-inf"))
     q, k, v, g, own = (heads_first(x, chunk_size(length, CHUNK)) for x in (q, k, v, g, own))
     decay = g.exp()
-    parts = decay_pairs((q if bonus is not None else q * decay)[:, :, :, None], k[:, :, :, None], decay,
-                        own.squeeze(-1)[:, :, :, None, None])
+    parts = decay_pairs(
+        (q if bonus is not None else q * decay)[:, :, :, None],
+        k[:, :, :, None],
+        decay,
+        own.squeeze(-1)[:, :, :, None, None],
+    )
     scores, read, write = parts.scores[:, :, :, 0, :, 0], parts.reads[:, :, :, 0], parts.keys[:, :, :, 0]
     before, state = _carry(write.transpose(-1, -2) @ v, parts.keep[..., None], state)
     return heads_last(scores @ v + read @ before, length), state
@@ -136,9 +157,18 @@ TABLE = (
 )
 
 
-def linear_attention(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, *, bonus: Tensor | None = None,
-                     normalizer: float | None = None, state: Tensor | None = None, starts: Tensor | None = None,
-                     backend: str | None = None) -> tuple[Tensor, Tensor]:
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    *,
+    bonus: Tensor | None = None,
+    normalizer: float | None = None,
+    state: Tensor | None = None,
+    starts: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
     """Linear attention with decay (see the module for the equations).
 
     q, k [B T H K], v [B T H V], g [B T H] or [B T H K] log decays ``<= 0``, bonus [H K], state [B H K V]
@@ -177,7 +207,9 @@ def inputs(case: Case) -> dict[str, Tensor | None]:
     gates = {"none": None, "head": shape, "group": shape, "key": (*shape, case.keys), "bonus": (*shape, case.keys)}
     gate = gates[case.variant or "head"]
     return dict(
-        q=q, k=k * case.keys**-0.5, v=case.randn(*shape, case.values),
+        q=q,
+        k=k * case.keys**-0.5,
+        v=case.randn(*shape, case.values),
         g=None if gate is None else case.log_decay(*gate),
         bonus=case.randn(case.heads, case.keys) if case.variant == "bonus" else None,
     )

@@ -42,8 +42,9 @@ def newest(past: Tensor, weights: Tensor) -> Tensor:
     return (past.to(wide) * weights.to(wide)).sum(dim=1)
 
 
-def long_conv_reference(x: Tensor, *, kernel: Tensor, state: History,
-                        starts: Tensor | None = None) -> tuple[Tensor, History]:
+def long_conv_reference(
+    x: Tensor, *, kernel: Tensor, state: History, starts: Tensor | None = None
+) -> tuple[Tensor, History]:
     """What the loop over ``long_conv_step`` gives, each token reading its last L inputs from one tensor.
 
     Carrying the history itself would copy the past T times, for autograd too.
@@ -53,8 +54,10 @@ def long_conv_reference(x: Tensor, *, kernel: Tensor, state: History,
     document = _documents(state, x, starts)
     inputs = F.pad(past, [0, 0, lags, 0]).unfold(1, lags, 1)[:, -time:].unbind(1)
     origins = F.pad(document, [lags, 0], value=-1).unfold(1, lags, 1)[:, -time:].unbind(1)
-    outputs = [(near * (origin == origin[:, -1:])[:, None] * kernel.flip(1)).sum(-1)
-               for near, origin in zip(inputs, origins, strict=True)]
+    outputs = [
+        (near * (origin == origin[:, -1:])[:, None] * kernel.flip(1)).sum(-1)
+        for near, origin in zip(inputs, origins, strict=True)
+    ]
     kept = torch.where((document == document[:, -1:])[..., None], past, 0.0)
     return torch.stack(outputs, dim=1).to(x.dtype), History(kept)
 
@@ -65,8 +68,9 @@ def _documents(state: History, x: Tensor, starts: Tensor | None) -> Tensor:
     return F.pad(begins, [state.x.shape[1], 0]).cumsum(1)
 
 
-def long_conv_chunk(x: Tensor, *, kernel: Tensor, state: History,
-                    starts: Tensor | None = None) -> tuple[Tensor, History]:
+def long_conv_chunk(
+    x: Tensor, *, kernel: Tensor, state: History, starts: Tensor | None = None
+) -> tuple[Tensor, History]:
     """All tokens at once: one FFT over history and tokens, or with ``starts`` one per level of halves."""
     time, wide = x.shape[1], state_dtype(x)
     past = torch.cat([state.x, x.to(state.x.dtype)], dim=1)
@@ -260,8 +264,9 @@ TABLE = (
 )
 
 
-def long_conv(x: Tensor, *, kernel: Tensor, state: History | None = None, starts: Tensor | None = None,
-              backend: str | None = None) -> tuple[Tensor, History]:
+def long_conv(
+    x: Tensor, *, kernel: Tensor, state: History | None = None, starts: Tensor | None = None, backend: str | None = None
+) -> tuple[Tensor, History]:
     """Causal depthwise convolution with a long kernel (see the module for the equation).
 
     x [B T C], kernel [C L] (lag 0 first), state ``History`` with x [B S C], starts bool [B T]. The products are taken

@@ -33,14 +33,16 @@ def lstm_scan_step(x: Tensor, *, recurrent: Tensor, state: Tensor) -> tuple[Tens
     return h.to(x.dtype), torch.stack([h, c], dim=1)
 
 
-def lstm_scan_reference(x: Tensor, *, recurrent: Tensor, state: Tensor,
-                        starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def lstm_scan_reference(
+    x: Tensor, *, recurrent: Tensor, state: Tensor, starts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The loop over ``lstm_scan_step``."""
     return loop(lstm_scan_step, {"x": x}, recurrent=recurrent, state=state, starts=starts)
 
 
-def lstm_scan_fused(x: Tensor, *, recurrent: Tensor, state: Tensor,
-                    starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def lstm_scan_fused(
+    x: Tensor, *, recurrent: Tensor, state: Tensor, starts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The loop in few operations per token, its backward pass written out (differentiable once)."""
     y, last = _Scan.apply(x.to(state.dtype), recurrent.to(state.dtype), state, starts)
     return y.to(x.dtype), last
@@ -136,8 +138,14 @@ TABLE = (
 )
 
 
-def lstm_scan(x: Tensor, *, recurrent: Tensor, state: Tensor | None = None, starts: Tensor | None = None,
-              backend: str | None = None) -> tuple[Tensor, Tensor]:
+def lstm_scan(
+    x: Tensor,
+    *,
+    recurrent: Tensor,
+    state: Tensor | None = None,
+    starts: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
     """The recurrence of the LSTM (see the module for the equations).
 
     x [B T 4 C] pre-activations of i, f, g, o without the recurrent part, recurrent [4 C C] (``weight_hh_l0`` of

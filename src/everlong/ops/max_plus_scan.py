@@ -25,8 +25,9 @@ def max_plus_scan_step(x: Tensor, g: Tensor, *, state: Tensor) -> tuple[Tensor, 
     return m.to(x.dtype), m
 
 
-def max_plus_scan_reference(x: Tensor, g: Tensor, *, state: Tensor,
-                            starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def max_plus_scan_reference(
+    x: Tensor, g: Tensor, *, state: Tensor, starts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The loop over ``max_plus_scan_step``."""
     return loop(max_plus_scan_step, {"x": x, "g": g}, state=state, starts=starts)
 
@@ -57,8 +58,9 @@ TABLE = (
 )
 
 
-def max_plus_scan(x: Tensor, g: Tensor, *, state: Tensor | None = None, starts: Tensor | None = None,
-                  backend: str | None = None) -> tuple[Tensor, Tensor]:
+def max_plus_scan(
+    x: Tensor, g: Tensor, *, state: Tensor | None = None, starts: Tensor | None = None, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
     """The running maximum with decay (see the module for the equation).
 
     x [B T C], g [B T C] log decays ``<= 0``, state [B C] in fp32 or fp64 (zeros before the text), starts bool [B T].

@@ -27,8 +27,9 @@ TILE = 1 << 16  # states of the rows of one tile
 LOG2E = 1 / math.log(2)
 
 
-def selective_scan_step(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, *, A: Tensor, D: Tensor | None = None,
-                        state: Tensor) -> tuple[Tensor, Tensor]:
+def selective_scan_step(
+    x: Tensor, dt: Tensor, B: Tensor, C: Tensor, *, A: Tensor, D: Tensor | None = None, state: Tensor
+) -> tuple[Tensor, Tensor]:
     """One token, the definition. x, dt [B C], B, C [B K], A [C K], D [C], state [B C K] -> y [B C], state."""
     dtype = state.dtype
     wide, dt = x.to(dtype), dt.to(dtype)
@@ -40,15 +41,33 @@ def selective_scan_step(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, *, A: Tenso
     return y.to(x.dtype), state
 
 
-def selective_scan_reference(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, *, A: Tensor, D: Tensor | None = None,
-                             state: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def selective_scan_reference(
+    x: Tensor,
+    dt: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    A: Tensor,
+    D: Tensor | None = None,
+    state: Tensor,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """The loop over ``selective_scan_step``."""
     sequence: dict[str, Tensor | None] = {"x": x, "dt": dt, "B": B, "C": C}
     return loop(selective_scan_step, sequence, A=A, D=D, state=state, starts=starts)
 
 
-def selective_scan_chunk(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, *, A: Tensor, D: Tensor | None = None,
-                         state: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def selective_scan_chunk(
+    x: Tensor,
+    dt: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    A: Tensor,
+    D: Tensor | None = None,
+    state: Tensor,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Chunks one after the other; inside a chunk all but one multiply-add per token is done for all tokens at once."""
     dtype = state.dtype
     wide, dt, B, C, A = (tensor.to(dtype) for tensor in (x, dt, B, C, A))
@@ -125,8 +144,9 @@ def _time_first(part: slice, *tensors: Tensor | None) -> list[Any]:
 
 
 @torch.library.custom_op("everlong::selective_scan", mutates_args=())
-def _scan(dt: Tensor, u: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, starts: Tensor | None,
-          keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _scan(
+    dt: Tensor, u: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, starts: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """y [B T C], the final state and, with ``keep``, the states [n B K C] before each chunk; ``u = dt x``."""
     batch, length, channels = u.shape
     keys = A.shape[1]
@@ -145,8 +165,9 @@ def _scan(dt: Tensor, u: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor,
     return y, final, kept
 
 
-def _scan_tile(inputs: list[Any], A: Tensor, before: Tensor, buffers: tuple[Tensor, ...],
-               plan: list[tuple[slice, Tensor | None]]) -> tuple[Tensor, Tensor]:
+def _scan_tile(
+    inputs: list[Any], A: Tensor, before: Tensor, buffers: tuple[Tensor, ...], plan: list[tuple[slice, Tensor | None]]
+) -> tuple[Tensor, Tensor]:
     """y ``[T B C]`` and the last state of some rows; ``plan``: the chunks, and where to write the state before each."""
     y = torch.empty_like(inputs[1])
     for part, border in plan:
@@ -161,8 +182,9 @@ def _scan_tile(inputs: list[Any], A: Tensor, before: Tensor, buffers: tuple[Tens
 
 
 @_scan.register_fake
-def _(dt: Tensor, u: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, starts: Tensor | None,
-      keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    dt: Tensor, u: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, starts: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, channels = u.shape
     chunks = _parts(length, _chunk_length(batch, channels, A.shape[1]))
     kept = u.new_empty((len(chunks), batch, A.shape[1], channels) if keep else (0,))
@@ -170,8 +192,17 @@ def _(dt: Tensor, u: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, sta
 
 
 @torch.library.custom_op("everlong::selective_scan_backward", mutates_args=())
-def _scan_backward(grad_y: Tensor, grad_state: Tensor, dt: Tensor, u: Tensor, A: Tensor, B: Tensor, C: Tensor,
-                   starts: Tensor | None, borders: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _scan_backward(
+    grad_y: Tensor,
+    grad_state: Tensor,
+    dt: Tensor,
+    u: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    starts: Tensor | None,
+    borders: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of dt, u, A, B, C and the initial state; the states are computed again chunk by chunk, last first."""
     batch, length, channels = u.shape
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (dt, u, B, C)]
@@ -217,8 +248,17 @@ class _Adjoint:
 
 
 @_scan_backward.register_fake
-def _(grad_y: Tensor, grad_state: Tensor, dt: Tensor, u: Tensor, A: Tensor, B: Tensor, C: Tensor,
-      starts: Tensor | None, borders: Tensor) -> tuple[Tensor, ...]:
+def _(
+    grad_y: Tensor,
+    grad_state: Tensor,
+    dt: Tensor,
+    u: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    starts: Tensor | None,
+    borders: Tensor,
+) -> tuple[Tensor, ...]:
     shapes = (x.shape for x in (dt, u, A, B, C, grad_state))
     return tuple(u.new_empty(shape) for shape in shapes)
 
@@ -241,17 +281,25 @@ TABLE = (
 )
 
 
-def selective_scan(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, *, A: Tensor, D: Tensor | None = None,
-                   state: Tensor | None = None, starts: Tensor | None = None,
-                   backend: str | None = None) -> tuple[Tensor, Tensor]:
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    A: Tensor,
+    D: Tensor | None = None,
+    state: Tensor | None = None,
+    starts: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
     """Selective scan (see the module for the equations).
 
     x, dt [B T C] with ``dt > 0``, B, C [B T K], A [C K] ``<= 0``, D [C], state [B C K] in fp32 or fp64,
     starts bool [B T]. Returns y [B T C] in the dtype of x, and the final state. ``ValueError`` for shapes or
     dtypes that do not fit.
     """
-    batch, time, channels, keys = dims(
-        "x B T C, dt B T C, B B T K, C B T K, A C K, D C", x, dt, B, C, A, D)
+    batch, time, channels, keys = dims("x B T C, dt B T C, B B T K, C B T K, A C K, D C", x, dt, B, C, A, D)
     check_starts(starts, batch, time)
     if state is None:
         state = x.new_zeros(batch, channels, keys, dtype=state_dtype(x))
@@ -267,8 +315,12 @@ def inputs(case: Case) -> dict[str, Tensor | None]:
     if case.gate is not None:
         dt, A = torch.full_like(dt, 0.5), torch.full_like(A, 2 * case.gate)
     return dict(
-        x=case.randn(*tokens, channels), dt=dt, B=case.randn(*tokens, case.keys), C=case.randn(*tokens, case.keys),
-        A=A, D=case.randn(channels) if case.variant == "D" else None,
+        x=case.randn(*tokens, channels),
+        dt=dt,
+        B=case.randn(*tokens, case.keys),
+        C=case.randn(*tokens, case.keys),
+        A=A,
+        D=case.randn(channels) if case.variant == "D" else None,
     )
 
 

@@ -31,14 +31,16 @@ def short_conv_step(x: Tensor, *, weight: Tensor, bias: Tensor | None = None, st
     return y.to(x.dtype), window[:, 1:]
 
 
-def short_conv_reference(x: Tensor, *, weight: Tensor, bias: Tensor | None = None, state: Tensor,
-                         starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def short_conv_reference(
+    x: Tensor, *, weight: Tensor, bias: Tensor | None = None, state: Tensor, starts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The loop over ``short_conv_step``."""
     return loop(short_conv_step, {"x": x}, weight=weight, bias=bias, state=state, starts=starts)
 
 
-def short_conv_chunk(x: Tensor, *, weight: Tensor, bias: Tensor | None = None, state: Tensor,
-                     starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def short_conv_chunk(
+    x: Tensor, *, weight: Tensor, bias: Tensor | None = None, state: Tensor, starts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """All tokens at once: W shifted products, each masked where it would reach into an earlier document."""
     length, width, dtype = x.shape[1], weight.shape[1], state.dtype
     padded = torch.cat([state, x.to(dtype)], dim=1)
@@ -113,8 +115,15 @@ TABLE = (
 )
 
 
-def short_conv(x: Tensor, *, weight: Tensor, bias: Tensor | None = None, state: Tensor | None = None,
-               starts: Tensor | None = None, backend: str | None = None) -> tuple[Tensor, Tensor]:
+def short_conv(
+    x: Tensor,
+    *,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    state: Tensor | None = None,
+    starts: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
     """Short causal depthwise convolution (see the module for the equation).
 
     x [B T C], weight [C W], bias [C], state [B W-1 C] (the last W-1 inputs), starts bool [B T].

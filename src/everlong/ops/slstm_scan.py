@@ -38,14 +38,16 @@ def slstm_scan_step(x: Tensor, *, recurrent: Tensor, state: Tensor) -> tuple[Ten
     return h.to(x.dtype), torch.stack([h, c, n, top], dim=1)
 
 
-def slstm_scan_reference(x: Tensor, *, recurrent: Tensor, state: Tensor,
-                         starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def slstm_scan_reference(
+    x: Tensor, *, recurrent: Tensor, state: Tensor, starts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The loop over ``slstm_scan_step``."""
     return loop(slstm_scan_step, {"x": x}, recurrent=recurrent, state=state, starts=starts)
 
 
-def slstm_scan_fused(x: Tensor, *, recurrent: Tensor, state: Tensor,
-                     starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def slstm_scan_fused(
+    x: Tensor, *, recurrent: Tensor, state: Tensor, starts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The loop in few operations per token, its backward pass written out (differentiable once)."""
     y, last = _Scan.apply(x.to(state.dtype), recurrent.to(state.dtype), state, starts)
     return y.to(x.dtype), last
@@ -84,8 +86,14 @@ def _record(tape: Tape, x: Tensor, recurrent: Tensor, starts: Tensor | None) -> 
     """The forward loop: fills the tape. Resets hide h, and send the log forget gate to -inf."""
     inputs, products = x.permute(1, 2, 0, 3, 4).flatten(3), tape.pre.flatten(3)
     begins = None if starts is None else starts.t()[:, None, :, None].unbind(0)
-    steps = zip(inputs.unbind(0), products.unbind(0), tape.pre.unbind(0), tape.gates.unbind(0), tape.written.unbind(0),
-                strict=True)
+    steps = zip(
+        inputs.unbind(0),
+        products.unbind(0),
+        tape.pre.unbind(0),
+        tape.gates.unbind(0),
+        tape.written.unbind(0),
+        strict=True,
+    )
     memory, hidden, top = tape.memory.unbind(0), tape.hidden.unbind(0), tape.top.unbind(0)
     for t, (given, product, pre, gates, written) in enumerate(steps):
         h = hidden[t] if begins is None else hidden[t].masked_fill(begins[t], 0.0)
@@ -128,8 +136,9 @@ class Factors(NamedTuple):
         )
 
 
-def _replay(tape: Tape, dy: Tensor, dstate: Tensor, recurrent: Tensor, starts: Tensor | None, *,
-            top: bool) -> tuple[Tensor, Tensor]:
+def _replay(
+    tape: Tape, dy: Tensor, dstate: Tensor, recurrent: Tensor, starts: Tensor | None, *, top: bool
+) -> tuple[Tensor, Tensor]:
     """The backward loop: gradients of the pre-activations [T H B 4 K] and of the state [4 H B K].
 
     h does not depend on the choice of m, so m is held constant, unless ``top`` says that ``dstate`` has one of m.
@@ -204,8 +213,14 @@ TABLE = (
 )
 
 
-def slstm_scan(x: Tensor, *, recurrent: Tensor, state: Tensor | None = None, starts: Tensor | None = None,
-               backend: str | None = None) -> tuple[Tensor, Tensor]:
+def slstm_scan(
+    x: Tensor,
+    *,
+    recurrent: Tensor,
+    state: Tensor | None = None,
+    starts: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
     """The recurrence of sLSTM (see the module for the equations).
 
     x [B T H 4 K] pre-activations of i, f, z, o without the recurrent part, recurrent [H K 4 K] (from h to the gates),

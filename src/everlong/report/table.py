@@ -84,7 +84,7 @@ def _cost(row: Row) -> str:
 def markdown() -> str:
     """The table for the README."""
     lines = [
-        "| architecture | equation | memory | state of a layer, 1K → 1M tokens | operations per token, millions | backends |",
+        "| architecture | equation | memory | state of a layer, 1K → 1M tokens | Mop per token | backends |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows():
@@ -117,7 +117,9 @@ def show() -> None:
     for row in rows():
         colour = colours.get(row.memory, "white")
         table.add_row(
-            f"[bold]{row.name}[/]  [dim]{row.backends}[/]\n{escape(row.equation)}", f"[{colour}]{row.memory}[/]",
-            _pair(size(row.state_1k), size(row.state_1m)), _cost(row),
+            f"[bold]{row.name}[/]  [dim]{row.backends}[/]\n{escape(row.equation)}",
+            f"[{colour}]{row.memory}[/]",
+            _pair(size(row.state_1k), size(row.state_1m)),
+            _cost(row),
         )
     Console().print(table)

@@ -156,13 +156,20 @@ def summary(results: Results, report: Path | None = None, console: Console | Non
 
 _HEADS = {
     "text": "bits\nper byte",
-    "beyond": "bpb\nat {}",
+    "beyond": "bits\nat {}",
     "recall": "recall",
     "memory": "state\nat {}",
     "prefill": "prefill\nat {}",
-    "decode": "ms/token\nat {}",
-    "train": "training\ntok/s",
+    "decode": "ms/tok\nat {}",
+    "train": "train\ntok/s",
 }
+
+
+def _short(length: float | None) -> str:
+    """A length in tokens for a narrow column: 256, 2K, 128K."""
+    if not length:
+        return "-"
+    return f"{length / 1024:.0f}K" if length >= 1024 else f"{length:.0f}"
 
 
 def _final(results: Results) -> Table:
@@ -172,14 +179,14 @@ def _final(results: Results) -> Table:
     readings = [(measure, measure.read(results)) for measure in MEASURES]
     marked = [first_places(m, reading) if len(reading.values) > 1 else [] for m, reading in readings]
     for measure, reading in readings:
-        table.add_column(_HEADS[measure.key].format(f"{reading.at:,.0f}" if reading.at else "-"), justify="right")
+        table.add_column(_HEADS[measure.key].format(_short(reading.at)), justify="right", no_wrap=True)
     for model in models(results):
         cells = []
         for (measure, reading), best in zip(readings, marked, strict=True):
             value = reading.values.get(model["name"])
-            star = " *" if model["name"] in best else "  "
-            cells.append("·  " if value is None else measure.show(value) + star)
-        table.add_row(Text(title(model)), *cells)
+            star = "*" if model["name"] in best else " "
+            cells.append("· " if value is None else measure.show(value) + star)
+        table.add_row(Text(title(model).split(" (")[0]), *cells)
     table.caption = "* best, or within noise of the best" if models(results) else None
     table.caption_justify = "left"
     return table

@@ -31,8 +31,7 @@ def collect(model: nn.Module, optimizer: Optimizer, history: Tensor) -> dict[str
     return {name: value.detach().contiguous().cpu() for name, value in tensors.items()}
 
 
-def restore(tensors: dict[str, Tensor], model: nn.Module,
-            optimizer: Optimizer) -> tuple[Tensor, dict[str, Tensor]]:
+def restore(tensors: dict[str, Tensor], model: nn.Module, optimizer: Optimizer) -> tuple[Tensor, dict[str, Tensor]]:
     """Put back what ``collect`` gathered; the history, and the random states for ``restore_random``.
 
     Values are copied into memory of PyTorch's own: the alignment of a tensor may change how its sums are rounded.
@@ -73,8 +72,10 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if meta.get("format") != "everlong-run-1":
         raise ValueError(f"{path} is not the checkpoint of a training run; give the folder of one")
     if meta.get("crc32") != str(_checksum(tensors)):
-        raise ValueError(f"{path} was altered since it was written (its checksum differs); "
-                         "restore it from a copy, or delete it to train anew")
+        raise ValueError(
+            f"{path} was altered since it was written (its checksum differs); "
+            "restore it from a copy, or delete it to train anew"
+        )
     return tensors, json.loads(meta["run"])
 
 

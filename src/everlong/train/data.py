@@ -41,8 +41,14 @@ class Corpus:
     ``skipped`` says how many files of folders were left out, by reason.
     """
 
-    def __init__(self, tokens: Tensor, offsets: Tensor, nbytes: Tensor, tokenizer: Tokenizer,
-                 skipped: dict[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        tokens: Tensor,
+        offsets: Tensor,
+        nbytes: Tensor,
+        tokenizer: Tokenizer,
+        skipped: dict[str, int] | None = None,
+    ) -> None:
         self.tokens, self.offsets, self.document_bytes = tokens, offsets, nbytes
         self.tokenizer, self.skipped = tokenizer, skipped or {}
 
@@ -59,8 +65,10 @@ class Corpus:
         skipped: dict[str, int] = {}
         texts = [data for path, named in _files(names) if (data := _read(path, named, skipped))]
         if not texts:
-            raise ValueError(f"no text in {', '.join(names) or 'an empty list of paths'}{_because(skipped)}; "
-                             "give text files, or folders or globs that hold some")
+            raise ValueError(
+                f"no text in {', '.join(names) or 'an empty list of paths'}{_because(skipped)}; "
+                "give text files, or folders or globs that hold some"
+            )
         return cls._pack(texts, tokenizer or ByteTokenizer(), skipped)
 
     @classmethod
@@ -152,8 +160,10 @@ class Corpus:
         offsets[longest + 1 :] -= size
         nbytes[longest] -= bytes_out
         ends = torch.tensor([0, len(tail)])
-        return (Corpus(kept, offsets, nbytes, self.tokenizer, self.skipped),
-                Corpus(tail, ends, torch.tensor([bytes_out + len(eos)]), self.tokenizer))
+        return (
+            Corpus(kept, offsets, nbytes, self.tokenizer, self.skipped),
+            Corpus(tail, ends, torch.tensor([bytes_out + len(eos)]), self.tokenizer),
+        )
 
     def windows(self, context: int) -> int:
         """How many sequences of ``context`` tokens (and a last target) fit side by side; ``ValueError`` where none."""

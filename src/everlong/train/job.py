@@ -53,8 +53,9 @@ def simple_model(mixer: str, d_model: int, layers: int, vocab_size: int) -> Lang
         raise ValueError(f"layers must be at least 1, got {layers}")
     found = config.find(mixer)
     if issubclass(found, FeedForward):
-        raise ValueError(f"{mixer} is a feed-forward block that mixes no tokens"
-                         + config.suggest("", config.mixer_names()))
+        raise ValueError(
+            f"{mixer} is a feed-forward block that mixes no tokens" + config.suggest("", config.mixer_names())
+        )
     layer = Layer.Config(mixer=found.Config(), mlp=SwiGLU.Config())
     return LanguageModel.Config(vocab_size=vocab_size, d_model=d_model, layers=(layer,) * layers)
 
@@ -85,8 +86,14 @@ def _read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not valid JSON ({error})") from error
 
 
-def train(job: Job, folder: str | Path, *, on_step: Callable[[Progress], Any] | None = None,
-          on_ready: Callable[[Trainer], Any] | None = None, device: str = "auto") -> Result:
+def train(
+    job: Job,
+    folder: str | Path,
+    *,
+    on_step: Callable[[Progress], Any] | None = None,
+    on_ready: Callable[[Trainer], Any] | None = None,
+    device: str = "auto",
+) -> Result:
     """Run a job in a folder, or go on with the one that is there, and save the model beside it.
 
     Same job, same folder: it goes on from the last checkpoint. Errors are those of ``Corpus.from_paths`` and

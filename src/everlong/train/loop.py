@@ -95,8 +95,10 @@ class Trainer:
             if not 0 <= self.warmup <= 1:
                 raise ValueError(f"warmup is a share of the steps from 0 to 1, got {self.warmup}")
             if self.batch % self.accumulate:
-                raise ValueError(f"a batch of {self.batch} rows cannot be split into {self.accumulate} equal parts; "
-                                 "choose accumulate so that it divides batch")
+                raise ValueError(
+                    f"a batch of {self.batch} rows cannot be split into {self.accumulate} equal parts; "
+                    "choose accumulate so that it divides batch"
+                )
 
         @property
         def steps(self) -> int:
@@ -118,8 +120,10 @@ class Trainer:
         ours = getattr(getattr(self.model, "cfg", None), "vocab_size", None)
         theirs = getattr(self.data, "vocab_size", None)
         if ours is not None and theirs is not None and theirs > ours:
-            raise ValueError(f"the data has token ids up to {theirs - 1}, the model a vocabulary of {ours}; "
-                             f"build the model with vocab_size={theirs}")
+            raise ValueError(
+                f"the data has token ids up to {theirs - 1}, the model a vocabulary of {ours}; "
+                f"build the model with vocab_size={theirs}"
+            )
 
     @property
     def step(self) -> int:

@@ -31,8 +31,13 @@ class _Display:
     """The bar of a run, with smoothed numbers."""
 
     def __init__(self, console: Console) -> None:
-        columns = ("[bold]training", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"),
-                   TimeRemainingColumn())
+        columns = (
+            "[bold]training",
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+        )
         self.bar = Bar(*columns, console=console)
         self.task = self.bar.add_task("train", total=None, numbers="")
         self.loss = self.speed = self.bits = 0.0
@@ -55,8 +60,10 @@ def _introduce(console: Console, trainer: Trainer) -> None:
     size = sum(parameter.numel() for parameter in model.parameters())
     skipped = ", ".join(f"{count} {reason}" for reason, count in text.skipped.items())
     console.print(f"model   {size:,} parameters, {len(model.layers)} layers of width {model.cfg.d_model}")
-    console.print(f"text    {len(text):,} tokens in {text.documents:,} documents"
-                  + (f" [yellow](files left out: {skipped})[/]" if skipped else ""))
+    console.print(
+        f"text    {len(text):,} tokens in {text.documents:,} documents"
+        + (f" [yellow](files left out: {skipped})[/]" if skipped else "")
+    )
     going_on = f" [yellow](going on after step {trainer.step:,})[/]" if trainer.step else ""
     console.print(f"folder  {escape(str(trainer.folder))}{going_on}", soft_wrap=True)
 
@@ -83,10 +90,13 @@ def train(job: jobs.Job, folder: Path, device: str = "auto") -> jobs.Result:
         if display.bar.live.is_started:
             display.bar.stop()
     seconds = result.curve[-1].seconds
-    console.print(f"[green]done[/] in {seconds:,.0f} s: {result.bits_per_byte:.3f} bits per byte on held-out text "
-                  f"(loss {result.loss:.3f} nats per token)")
-    console.print(f"Continue a text:  everlong generate {_quoted(folder)} {escape(shlex.quote(result.opening))}",
-                  soft_wrap=True)
+    console.print(
+        f"[green]done[/] in {seconds:,.0f} s: {result.bits_per_byte:.3f} bits per byte on held-out text "
+        f"(loss {result.loss:.3f} nats per token)"
+    )
+    console.print(
+        f"Continue a text:  everlong generate {_quoted(folder)} {escape(shlex.quote(result.opening))}", soft_wrap=True
+    )
     return result
 
 

@@ -24,41 +24,122 @@ def _flat(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 @torch.library.custom_op("everlong::selective_scan_native", mutates_args=(), device_types="cpu")
-def _forward(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, D: Tensor | None, state: Tensor,
-             starts: Tensor | None, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(
+    x: Tensor,
+    dt: Tensor,
+    B: Tensor,
+    C: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    state: Tensor,
+    starts: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """y, final state, and the states at every 32nd token (none unless ``keep``)."""
     (batch, time, channels), keys = x.shape, A.shape[1]
     y, final = torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(state)
     kept = state.new_empty(batch, -(-time // CHUNK) if keep else 0, channels, keys)
-    call("ev_selective_scan", int(x.dtype == torch.bfloat16), batch, time, channels, keys, x, dt, A, B, C, D, state,
-         starts, y, final, kept if keep else None, torch.get_num_threads())
+    call(
+        "ev_selective_scan",
+        int(x.dtype == torch.bfloat16),
+        batch,
+        time,
+        channels,
+        keys,
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        state,
+        starts,
+        y,
+        final,
+        kept if keep else None,
+        torch.get_num_threads(),
+    )
     return y, final, kept
 
 
 @_forward.register_fake
-def _(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, D: Tensor | None, state: Tensor,
-      starts: Tensor | None, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    x: Tensor,
+    dt: Tensor,
+    B: Tensor,
+    C: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    state: Tensor,
+    starts: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     chunks = -(-x.shape[1] // CHUNK) if keep else 0
     return torch.empty_like(x), torch.empty_like(state), state.new_empty(x.shape[0], chunks, *A.shape)
 
 
 @torch.library.custom_op("everlong::selective_scan_native_backward", mutates_args=(), device_types="cpu")
-def _backward(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, D: Tensor | None, kept: Tensor,
-              starts: Tensor | None, gy: Tensor, gfinal: Tensor) -> list[Tensor]:
+def _backward(
+    x: Tensor,
+    dt: Tensor,
+    B: Tensor,
+    C: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    kept: Tensor,
+    starts: Tensor | None,
+    gy: Tensor,
+    gfinal: Tensor,
+) -> list[Tensor]:
     """Gradients of x, dt, B, C, A, D and the initial state, fp32."""
     (batch, time, channels), keys = x.shape, A.shape[1]
     groups = max(1, min(torch.get_num_threads(), channels // 16))
     gx, gdt = (x.new_empty(x.shape, dtype=torch.float32) for _ in range(2))
     gB, gC = (A.new_empty(groups, batch, time, keys) for _ in range(2))
     gA, gD, gstate = A.new_empty(batch, channels, keys), A.new_empty(batch, channels), A.new_empty(gfinal.shape)
-    call("ev_selective_scan_backward", int(x.dtype == torch.bfloat16), batch, time, channels, keys, x, dt, A, B, C, D,
-         kept, starts, gy, gfinal, gx, gdt, gA, gB, gC, gD, gstate, groups, torch.get_num_threads())
+    call(
+        "ev_selective_scan_backward",
+        int(x.dtype == torch.bfloat16),
+        batch,
+        time,
+        channels,
+        keys,
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        kept,
+        starts,
+        gy,
+        gfinal,
+        gx,
+        gdt,
+        gA,
+        gB,
+        gC,
+        gD,
+        gstate,
+        groups,
+        torch.get_num_threads(),
+    )
     return [gx, gdt, gB.sum(0), gC.sum(0), gA.sum(0), gD.sum(0), gstate]
 
 
 @_backward.register_fake
-def _(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, D: Tensor | None, kept: Tensor,
-      starts: Tensor | None, gy: Tensor, gfinal: Tensor) -> list[Tensor]:
+def _(
+    x: Tensor,
+    dt: Tensor,
+    B: Tensor,
+    C: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    kept: Tensor,
+    starts: Tensor | None,
+    gy: Tensor,
+    gfinal: Tensor,
+) -> list[Tensor]:
     shapes = (x.shape, x.shape, B.shape, B.shape, A.shape, A.shape[:1], gfinal.shape)
     return [A.new_empty(shape) for shape in shapes]
 
@@ -79,14 +160,24 @@ def _gradient(ctx: Any, gy: Tensor, gfinal: Tensor, _: Tensor) -> tuple[Tensor |
 _forward.register_autograd(_gradient, setup_context=_setup)
 
 
-def selective_scan_native(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, *, A: Tensor, D: Tensor | None = None,
-                          state: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def selective_scan_native(
+    x: Tensor,
+    dt: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    A: Tensor,
+    D: Tensor | None = None,
+    state: Tensor,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """The kernel, forward and backward. Inputs in bf16 are read as they are where all four are; state is fp32."""
     inputs = (x, dt, B, C)
     dtype = torch.bfloat16 if all(i.dtype == torch.bfloat16 for i in inputs) else torch.float32
     tracked = (*inputs, A, state) if D is None else (*inputs, A, state, D)
     keep = torch.is_grad_enabled() and any(i.requires_grad for i in tracked)
     fixed = (_flat(A, torch.float32), _flat(D, torch.float32), _flat(state, torch.float32))
-    y, final, _ = _forward(*(i.to(dtype).contiguous() for i in inputs), *fixed,
-                           None if starts is None else starts.contiguous(), keep)
+    y, final, _ = _forward(
+        *(i.to(dtype).contiguous() for i in inputs), *fixed, None if starts is None else starts.contiguous(), keep
+    )
     return y.to(x.dtype), final
