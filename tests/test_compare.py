@@ -132,7 +132,7 @@ def test_text_measures_agree_with_their_definitions(text):
 def test_short_text_is_measured_over_fewer_lengths():
     corpus = Corpus.from_texts(["word " * 20])
     assert measure.held_out_runs(corpus, 32, 4).factor == 2
-    with pytest.raises(ValueError, match="shorter than the context"):
+    with pytest.raises(ValueError, match="too few to train on sequences of 100000 tokens"):
         measure.held_out_runs(corpus, 512, 4)
 
 
@@ -258,7 +258,7 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path, text):
         ({"names": ("gla", "gla")}, "gla is named twice"),
         ({"names": ("swiglu",)}, "no architecture 'swiglu'"),
         ({"settings": TINY.replace(params=100)}, "cannot have 100 parameters"),
-        ({"settings": TINY.replace(context=100_000)}, "shorter than the context"),
+        ({"settings": TINY.replace(context=100_000)}, "too few to train on sequences of 100000 tokens"),
     ],
 )
 def test_bad_input(tmp_path, text, change, message):
@@ -276,7 +276,17 @@ def test_profiles():
 
 def test_a_text_that_is_too_short_is_told_how_much_is_needed(tmp_path):
     (tmp_path / "short.txt").write_text("a short text " * 30)
-    with pytest.raises(ValueError, match=r"the text has 390 bytes, too few .* give at least 2,048 bytes with --data"):
+    with pytest.raises(ValueError, match=r"the text has 391 bytes, too few .* give at least 2,048 bytes with --data"):
         Comparison(tmp_path / "out", names=("gla",), data=[tmp_path / "short.txt"])
     (tmp_path / "enough.txt").write_text("a text that is just long enough " * 70)
     assert Comparison(tmp_path / "out", names=("gla",), data=[tmp_path / "enough.txt"]).held_out.nbytes > 256
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 256, 2048, 3000])
+def test_buckets_cover_every_position_once_and_the_last_is_not_a_rest(length):
+    values = torch.arange(1.0, length + 1)
+    found = measure._buckets(values)
+    assert found[0][0] == 1 and all(a < b for (a, _), (b, _) in zip(found, found[1:], strict=False))
+    assert all(abs(mean - place) <= 0.12 * place + 0.5 for place, mean in found)
+    if length > 100:
+        assert found[-1][0] < 0.95 * length

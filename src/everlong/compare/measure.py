@@ -117,6 +117,8 @@ def text(model: LanguageModel, runs: Runs) -> dict[str, Any]:
 def _buckets(values: Tensor) -> list[tuple[int, float]]:
     """Means of ``values [T]`` over buckets that grow by sqrt 2, each at its middle (counted from 1)."""
     edges = sorted({min(round(2 ** (k / 2)), len(values) + 1) for k in range(2 * len(values).bit_length() + 2)})
+    if len(edges) > 2 and edges[-1] - edges[-2] < (edges[-2] - edges[-3]) / 2:
+        del edges[-2]  # a rest of few positions would only show their noise
     return [
         (round(math.sqrt(low * (high - 1))), float(values[low - 1 : high - 1].mean())) for low, high in pairwise(edges)
     ]
