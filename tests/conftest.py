@@ -6,6 +6,15 @@ import torch
 with torch.device("meta"):  # torch notes once which functions make tensors: before they are replaced below
     torch.zeros(1)
 
+SLOW = ("test_oracle_", "test_models.py", "test_native.py", "test_ops.py", "test_killed_twice")
+
+
+def pytest_collection_modifyitems(items):
+    """`make check` leaves out what takes longest: official code, whole models, kernels, every op on every case."""
+    for item in items:
+        if any(name in item.nodeid for name in SLOW):
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(autouse=True)
 def _seeded(monkeypatch):
