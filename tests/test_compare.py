@@ -291,3 +291,10 @@ def test_buckets_cover_every_position_once_and_the_last_is_not_a_rest(length):
     assert all(abs(mean - place) <= 0.12 * place + 0.5 for place, mean in found)
     if length > 100:
         assert found[-1][0] < 0.95 * length
+
+
+def test_a_mixer_of_ones_own_is_compared_by_its_dotted_path():
+    cfg = sized("test_laws:Average", 50_000)
+    assert abs(count(cfg) / 50_000 - 1) <= 0.05
+    assert cfg.layers[0].mixer.kind == "test_laws:Average" and describe(cfg).startswith("average + swiglu")
+    assert type(cfg).from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
