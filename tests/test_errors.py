@@ -258,6 +258,7 @@ def test_the_command_line_says_it_in_one_line(tmp_path):
             [sys.executable, "-m", "everlong.cli", *arguments], capture_output=True, text=True, cwd=tmp_path
         )
         assert run.returncode == 2 and run.stderr.startswith("error: ") and "Traceback" not in run.stderr, run.stderr
+        assert not run.stdout.strip(), "nothing is printed before the error"
 
 
 def test_a_save_that_fails_late_leaves_the_earlier_model(model, tmp_path, monkeypatch):

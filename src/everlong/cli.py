@@ -102,8 +102,9 @@ def generate(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed
     )
     text = sys.stdin.read() if prompt == "-" else prompt
+    pieces = continue_text(model, text, max_tokens=max_tokens, sampling=sampling, stop=stop or (), session=session)
     print(text, end="", flush=True)
-    for piece in continue_text(model, text, max_tokens=max_tokens, sampling=sampling, stop=stop or (), session=session):
+    for piece in pieces:
         print(piece, end="", flush=True)
     print()
 

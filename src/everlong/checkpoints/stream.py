@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .. import state as states
 from ..models.generate import Sampling, generate, new_session, stream_text
+from ..tokenizer import Tokenizer
 from .folder import load, load_tokenizer
 
 
@@ -19,7 +20,7 @@ def continue_text(
     stop: Sequence[str] = (),
     session: Path | None = None,
 ) -> Iterator[str]:
-    """Pieces of text that continue ``prompt``, from the model in ``folder``.
+    """Pieces of text that continue ``prompt``, from the model in ``folder``; the prompt is read before this returns.
 
     ``session`` names a file: where it exists the text goes on from it, and it is written at the end, so
     that the next call reads nothing twice. ``ValueError`` for what ``load`` and ``generate`` refuse.
@@ -33,6 +34,13 @@ def continue_text(
         ids = [tokenizer.eos, *ids]  # documents begin with it in training
     stop_ids = () if tokenizer.eos is None else (tokenizer.eos,)
     tokens = generate(model, ids, max_tokens=max_tokens, sampling=sampling, session=before, stop_ids=stop_ids)
-    yield from stream_text(tokens, tokenizer, stop, ids)
+    return _streamed(tokens, tokenizer, stop, ids, session)
+
+
+def _streamed(
+    tokens: generate, tokenizer: Tokenizer, stop: Sequence[str], prompt: Sequence[int], session: Path | None
+) -> Iterator[str]:
+    """The text as it comes; the session is written when it ends."""
+    yield from stream_text(tokens, tokenizer, stop, prompt)
     if session is not None:
         states.save(tokens.session, session)
