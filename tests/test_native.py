@@ -12,6 +12,7 @@ import torch
 from everlong import laws, numerics, state
 from everlong.ops import dispatch, native
 from everlong.ops.cases import CASES, Case
+from everlong.ops.native.selective_scan import CHUNK
 from test_ops import MODULES, OPS, is_tensor, later_state, op_of, some_starts, with_gradients
 
 BUILDS = [build for build in native.supported() if (native.FOLDER / f"_{build}.so").exists()]
@@ -81,6 +82,10 @@ def test_rows_do_not_depend_on_the_batch_and_runs_repeat(name, variant, build):
     }
     assert torch.equal(op_of(name)(**alone, backend="native")[0], whole[3:4])
     assert torch.equal(op_of(name)(**inputs, backend="native")[0], whole)
+
+
+def test_both_sides_keep_states_at_the_same_tokens(build):
+    assert native._LIBRARY.ev_selective_scan_chunk() == CHUNK
 
 
 def test_refusals_name_the_reason():

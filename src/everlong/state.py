@@ -114,10 +114,10 @@ def _padded(leaf: Tensor, length: int, pad: str) -> Tensor:
     return torch.cat([missing, leaf] if pad == "start" else [leaf, missing], dim=1)
 
 
-def check_like(tree: Any, like: Any, what: str = "state") -> None:
-    """Raise ``ValueError`` unless ``tree`` fits where ``like`` does (same leaves, sizes and dtypes).
+def check_like(tree: Any, like: Any, rows: int, what: str = "state") -> None:
+    """Raise ``ValueError`` unless ``tree`` has the leaves, sizes and dtypes of ``like``, and ``rows`` rows.
 
-    The batch must agree too; lengths of growing leaves may differ.
+    ``like`` may have any number of rows (``init_state(0)`` takes no memory); lengths of growing leaves may differ.
     """
     ours, theirs = list(leaves(like)), list(leaves(tree))
     if type(tree) is not type(like) or [name for name, *_ in ours] != [name for name, *_ in theirs]:
@@ -126,15 +126,15 @@ def check_like(tree: Any, like: Any, what: str = "state") -> None:
             "make one with init_state(batch) of this model"
         )
     for (name, want, pad), (_, got, _) in zip(ours, theirs, strict=True):
-        if got.shape[0] != want.shape[0]:
+        if got.shape[0] != rows:
             raise ValueError(
-                f"{what} holds {got.shape[0]} rows, expected a batch of {want.shape[0]}; "
+                f"{what} holds {got.shape[0]} rows, expected a batch of {rows}; "
                 "use state.gather to pick rows or init_state(batch) to begin anew"
             )
         first = 2 if pad else 1
         if got.dim() != want.dim() or got.shape[first:] != want.shape[first:]:
             raise ValueError(
-                f"{what} is of another model: {name} has shape {list(got.shape)}, expected {list(want.shape)}"
+                f"{what} is of another model: {name} has shape {list(got.shape)}, expected {[rows, *want.shape[1:]]}"
             )
         if got.dtype != want.dtype:
             raise ValueError(
@@ -168,5 +168,5 @@ def load(path: str | Path, like: S) -> S:
     loaded = rebuild(like, iter([tensors[name].to(leaf.device) for name, leaf, _ in leaves(like)]))
     rows = batch_size(loaded)
     if rows is not None:
-        check_like(loaded, gather(like, [0] * rows), f"state in {path}")
+        check_like(loaded, like, rows, f"state in {path}")
     return loaded

@@ -82,9 +82,9 @@ class Attention(base.Mixer):
 
     def init_state(self, batch: int) -> Cache:
         """No keys yet."""
-        return states.map_leaves(torch.clone, self.expected(batch))
+        return states.map_leaves(torch.clone, self._empty(batch))
 
-    def expected(self, batch: int) -> Cache:
+    def _empty(self, batch: int) -> Cache:
         """``init_state`` with all zeros in one place of memory: to read and compare, not to write."""
         zero = torch.zeros((), **self.factory).expand(batch, self.cfg.window or 0, self.groups, self.head_dim)
         position = torch.zeros((), dtype=torch.long, device=zero.device).expand(batch)
@@ -116,7 +116,7 @@ class Attention(base.Mixer):
 
     def forward(self, x: Tensor, state: Any = None, *, starts: Tensor | None = None) -> tuple[Tensor, Cache]:
         """x [B T D] -> y [B T D], state."""
-        begun = self.begin(x, self.expected(len(x)) if state is None else state, starts)
+        begun = self.begin(x, self._empty(len(x)) if state is None else state, starts)
         if state is None:
             turn, begun = self._turn_anew(x, starts), None
         else:

@@ -115,12 +115,8 @@ class Mixer(nn.Module):
             shapes.check_starts(starts[0], x.shape[0], x.shape[1])
         if state is None:
             return self.init_state(x.shape[0])
-        states.check_like(state, self.expected(x.shape[0]), f"state of {type(self).__name__}")
+        states.check_like(state, self.init_state(0), x.shape[0], f"state of {type(self).__name__}")
         return state
-
-    def expected(self, batch: int) -> Any:
-        """What ``begin`` holds a given state to (shapes and dtypes only); overridden where ``init_state`` is large."""
-        return self.init_state(batch)
 
     @property
     def factory(self) -> dict[str, Any]:

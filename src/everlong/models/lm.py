@@ -140,7 +140,7 @@ class LanguageModel(nn.Module):
         shapes.check_starts(starts, batch, time)
         if state is None:
             return self.init_state(batch)
-        states.check_like(state, self.init_state(batch))
+        states.check_like(state, self.init_state(0), batch)
         return state
 
     def forward(

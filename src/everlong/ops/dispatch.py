@@ -20,6 +20,11 @@ def never(**inputs: Any) -> str | None:
     return None
 
 
+def when_compiling(**inputs: Any) -> str | None:
+    """The refusal of a row whose own autograd function a compiled graph cannot take whole."""
+    return "a compiled graph traces the plain loop" if torch.compiler.is_compiling() else None
+
+
 class Impl(NamedTuple):
     """One row: ``run`` has the op's signature without ``backend``; ``refuse`` returns why not, or None."""
 

@@ -128,12 +128,8 @@ class _Scan(torch.autograd.Function):
         return grads.transpose(0, 1), drecurrent.view_as(recurrent), dstate, None
 
 
-def _refuse(**inputs: Any) -> str | None:
-    return "a compiled graph traces the plain loop" if torch.compiler.is_compiling() else None
-
-
 TABLE = (
-    dispatch.Impl("torch", lstm_scan_fused, _refuse),
+    dispatch.Impl("torch", lstm_scan_fused, dispatch.when_compiling),
     dispatch.Impl("reference", lstm_scan_reference),
 )
 

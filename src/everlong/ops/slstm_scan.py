@@ -203,12 +203,8 @@ class _Scan(torch.autograd.Function):
         return grads.permute(2, 0, 1, 3, 4), drecurrent.view_as(recurrent), dfirst.permute(2, 0, 1, 3), None
 
 
-def _refuse(**inputs: Any) -> str | None:
-    return "a compiled graph traces the plain loop" if torch.compiler.is_compiling() else None
-
-
 TABLE = (
-    dispatch.Impl("torch", slstm_scan_fused, _refuse),
+    dispatch.Impl("torch", slstm_scan_fused, dispatch.when_compiling),
     dispatch.Impl("reference", slstm_scan_reference),
 )
 
