@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import suggest
+from ..ops.linear import Linear, linear
 from ..ops.selective_scan import selective_scan, selective_scan_step
 from ..ops.short_conv import short_conv, short_conv_step
 from ..shapes import state_dtype
@@ -60,13 +61,13 @@ class Mamba(base.Mixer):
             raise ValueError(f"norms = {cfg.norms!r} is not a choice{suggest(cfg.norms, NORMS)}")
         channels = int(cfg.expand * d_model)
         self.rank = math.ceil(d_model / 16) if cfg.dt_rank is None else cfg.dt_rank
-        self.in_proj = nn.Linear(d_model, 2 * channels, bias=cfg.bias)
+        self.in_proj = Linear(d_model, 2 * channels, bias=cfg.bias)
         self.conv1d = nn.Conv1d(channels, channels, cfg.d_conv, groups=channels, bias=cfg.conv_bias)
-        self.x_proj = nn.Linear(channels, self.rank + 2 * cfg.d_state, bias=False)
-        self.dt_proj = nn.Linear(self.rank, channels)
+        self.x_proj = Linear(channels, self.rank + 2 * cfg.d_state, bias=False)
+        self.dt_proj = Linear(self.rank, channels)
         self.A_log = nn.Parameter(torch.arange(1.0, cfg.d_state + 1).log().repeat(channels, 1))
         self.D = nn.Parameter(torch.ones(channels))
-        self.out_proj = nn.Linear(channels, d_model, bias=cfg.bias)
+        self.out_proj = Linear(channels, d_model, bias=cfg.bias)
         widths = (self.rank, cfg.d_state, cfg.d_state)
         norms = [nn.RMSNorm(n, eps=cfg.norm_eps) if cfg.norms == "rms" else nn.Identity() for n in widths]
         self.dt_layernorm, self.b_layernorm, self.c_layernorm = norms
@@ -94,7 +95,7 @@ class Mamba(base.Mixer):
         """The inputs of the scan that depend on the token (dt is computed in fp32), and those that do not."""
         low, B, C = self.x_proj(x).split([self.rank, self.cfg.d_state, self.cfg.d_state], dim=-1)
         wide = state_dtype(x)
-        steps = F.linear(self.dt_layernorm(low), self.dt_proj.weight).to(wide) + self.dt_proj.bias.to(wide)
+        steps = linear(self.dt_layernorm(low), self.dt_proj.weight).to(wide) + self.dt_proj.bias.to(wide)
         tokens = {"x": x, "dt": F.softplus(steps), "B": self.b_layernorm(B), "C": self.c_layernorm(C)}
         return tokens, {"A": -self.A_log.to(wide).exp(), "D": self.D}
 

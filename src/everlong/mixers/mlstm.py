@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.common import log_sigmoid
+from ..ops.linear import Linear
 from ..ops.linear_attention import linear_attention, linear_attention_step
 from ..ops.max_plus_scan import max_plus_scan, max_plus_scan_step
 from ..ops.short_conv import short_conv, short_conv_step
@@ -66,13 +67,13 @@ class MLSTM(base.Mixer):
         if cfg.block < 1 or inner % cfg.block:
             raise ValueError(f"inner width {inner} cannot be split into blocks of {cfg.block}; choose a power of two")
         blocks = (inner // cfg.block, cfg.block, cfg.block)
-        self.up_proj = nn.Linear(d_model, 2 * inner, bias=False)
+        self.up_proj = Linear(d_model, 2 * inner, bias=False)
         self.conv = nn.Conv1d(inner, inner, cfg.conv_width, groups=inner)
         self.q_weight, self.k_weight, self.v_weight = (nn.Parameter(torch.empty(blocks)) for _ in range(3))
-        self.gates = nn.Linear(3 * inner, 2 * cfg.n_heads)  # i~ of all heads, then f~
+        self.gates = Linear(3 * inner, 2 * cfg.n_heads)  # i~ of all heads, then f~
         self.norm_weight = nn.Parameter(torch.ones(inner))
         self.skip = nn.Parameter(torch.ones(inner))
-        self.down_proj = nn.Linear(inner, d_model, bias=False)
+        self.down_proj = Linear(inner, d_model, bias=False)
         self.reset_parameters()
 
     @torch.no_grad()

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import config, shapes
 from .. import state as states
 from ..mixers import base
+from ..ops.linear import Linear, linear
 from ..state import state
 from .blocks import Layer, Norm
 
@@ -78,7 +79,7 @@ class LanguageModel(nn.Module):
             layer.build(cfg.d_model, base.Depth(index, total)) for index, layer in enumerate(cfg.layers)
         )
         self.norm = cfg.norm.build(cfg.d_model)
-        self.head = None if cfg.tied else nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        self.head = None if cfg.tied else Linear(cfg.d_model, cfg.vocab_size, bias=False)
         if self.head is not None:
             nn.init.normal_(self.head.weight, std=0.02)
 
@@ -114,7 +115,7 @@ class LanguageModel(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [... D] -> logits [... vocab]."""
         weight = self.embedding.weight if self.head is None else self.head.weight
-        logits = F.linear(hidden, weight)
+        logits = linear(hidden, weight)
         cap = self.cfg.logit_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
