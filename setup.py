@@ -20,6 +20,7 @@ if platform.machine() in ("x86_64", "AMD64"):
         "-mfma",
         "-mprefer-vector-width=512",
     ]
+    BUILDS["avx512bf16"] = [*BUILDS["avx512"], "-mavx512vnni", "-mavx512bf16"]
 
 
 class BuildKernels(build_ext):

@@ -1,7 +1,8 @@
-"""C++ kernels for CPUs, built when the package is installed: AVX-512, AVX2 and portable, chosen at run time.
+"""C++ kernels for CPUs, built when the package is installed: AVX-512 (with bf16 and 8-bit dot products, or without),
+AVX2 and portable, chosen at run time.
 
 The libraries use the OpenMP runtime that PyTorch has already loaded, so that one process has one pool of threads.
-``EVERLONG_NATIVE`` names a build ("avx512", "avx2", "portable"), or "off".
+``EVERLONG_NATIVE`` names a build ("avx512bf16", "avx512", "avx2", "portable"), or "off".
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BUILDS = ("avx512", "avx2", "portable")
+BUILDS = ("avx512bf16", "avx512", "avx2", "portable")
 FOLDER = Path(__file__).parent
 
 
@@ -37,7 +38,9 @@ def _load() -> ctypes.CDLL | str:
 
 def supported() -> list[str]:
     """The builds that this machine can run, fastest first."""
-    best = {"AVX512": 0, "AVX2": 1}.get(torch.backends.cpu.get_cpu_capability(), 2)
+    best = {"AVX512": 1, "AVX2": 2}.get(torch.backends.cpu.get_cpu_capability(), 3)
+    if best == 1 and torch.cpu._is_vnni_supported() and torch.cpu._is_avx512_bf16_supported():
+        best = 0
     return list(BUILDS[best:])
 
 
@@ -71,6 +74,14 @@ def call(name: str, *args: Tensor | int | None) -> None:
     """Call a kernel: tensors as pointers (they must be contiguous), None as a null pointer, integers as int64."""
     assert not isinstance(_LIBRARY, str), _LIBRARY
     getattr(_LIBRARY, name)(*(_plain(x) for x in args))
+
+
+def count(name: str, *args: int) -> int:
+    """Call an entry point that returns an int64."""
+    assert not isinstance(_LIBRARY, str), _LIBRARY
+    function = getattr(_LIBRARY, name)
+    function.restype = ctypes.c_int64
+    return int(function(*(ctypes.c_int64(x) for x in args)))
 
 
 def _plain(x: Tensor | int | None) -> Any:
