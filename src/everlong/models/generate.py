@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import state as states
 from ..state import state
 from ..tokenizer import Tokenizer
+from .decode import Decoder
 from .lm import LanguageModel
 
 COLD = 1e-6  # temperatures below take the most likely token: dividing by them would overflow
@@ -116,11 +117,12 @@ class generate(Iterator[int]):
         self._check(tokens)
         before: Any = None if session is None else session.state
         if tokens.numel():
-            self._logits, self._state = model.read(tokens, before, piece=piece)
+            self._logits, before = model.read(tokens, before, piece=piece)
         else:
             assert session is not None
-            self._logits, self._state = session.logits, before
-        self._state = states.map_leaves(torch.clone, self._state)  # owned: written in place from here on
+            self._logits = session.logits
+        self._decoder = Decoder(model)
+        self._decoder.load(before)
         self._seen = torch.zeros(model.cfg.vocab_size, dtype=torch.bool, device=device)
         self._seen[tokens[0]] = True
         self._generator = None if sampling.seed is None else torch.Generator(device).manual_seed(sampling.seed)
@@ -136,7 +138,8 @@ class generate(Iterator[int]):
     @property
     def session(self) -> Session:
         """The state after all tokens yielded so far; a copy, so going on does not change it."""
-        return Session(state=states.map_leaves(torch.clone, self._state), logits=self._logits.clone())
+        dtype = self.model.embedding.weight.dtype
+        return Session(state=self._decoder.state(), logits=self._logits.to(dtype, copy=True))
 
     @torch.no_grad()
     def __next__(self) -> int:
@@ -148,7 +151,7 @@ class generate(Iterator[int]):
             raise StopIteration
         self.left -= 1
         self._seen[token] = True
-        self._logits, self._state = self.model.step_(torch.tensor([token], device=self._seen.device), self._state)
+        self._logits = self._decoder.step(torch.tensor([token], device=self._seen.device))
         return token
 
     def _draw(self) -> int:

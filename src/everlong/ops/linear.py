@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .record import leaf
+
 ONEDNN = (
     torch.backends.mkldnn.is_available()
     and torch.backends.cpu.get_cpu_capability() == "AVX512"
@@ -20,6 +22,7 @@ ONEDNN = (
 )
 
 
+@leaf
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``y = x W^T + b``: x [... I], weight [O I], bias [O] -> y [... O]. Obeys autocast as PyTorch's own does."""
     if not _for_onednn(x, weight, bias):

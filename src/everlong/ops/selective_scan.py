@@ -21,12 +21,14 @@ from . import dispatch
 from .cases import Case
 from .common import loop
 from .native.selective_scan import refuse, selective_scan_native
+from .record import leaf
 
 SEQUENCE = ("x", "dt", "B", "C")
 TILE = 1 << 16  # states of the rows of one tile
 LOG2E = 1 / math.log(2)
 
 
+@leaf
 def selective_scan_step(
     x: Tensor, dt: Tensor, B: Tensor, C: Tensor, *, A: Tensor, D: Tensor | None = None, state: Tensor
 ) -> tuple[Tensor, Tensor]:

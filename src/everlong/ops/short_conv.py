@@ -16,12 +16,14 @@ from ..shapes import check_starts, dims
 from . import dispatch
 from .cases import Case
 from .common import loop
+from .record import leaf
 
 SEQUENCE = ("x",)
 WIDTH = 4
 TILE = 1 << 17  # numbers of one tile of rows
 
 
+@leaf
 def short_conv_step(x: Tensor, *, weight: Tensor, bias: Tensor | None = None, state: Tensor) -> tuple[Tensor, Tensor]:
     """One token, the definition. x [B C], weight [C W], bias [C], state [B W-1 C] -> y [B C], state."""
     window = torch.cat([state, x.to(state.dtype)[:, None]], dim=1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...config import suggest
+from ..record import leaf
 from . import MISSING, call, count
 
 FORMATS = ("fp32", "bf16", "int8", "int4")  # the order is that of Weights in product.h
@@ -95,6 +96,7 @@ def _pack4(weight: Tensor) -> tuple[Tensor, Tensor]:
     return low | (high << 4), scales.contiguous().bfloat16()
 
 
+@leaf
 def unpack(packed: Packed, rows: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
     """The matrix [out in], or its ``rows`` (int64 [...]), as fp32 or bf16: [... in]."""
     weight, scale, out, width = packed
@@ -122,6 +124,7 @@ def unpack_torch(packed: Packed) -> Tensor:
     return values.flatten(0, 1).flatten(1)[:out, :width]
 
 
+@leaf
 def product(x: Tensor, packed: Packed) -> Tensor:
     """x [... in] times the matrix: y [... out] of x's dtype, with sums in fp32.
 
