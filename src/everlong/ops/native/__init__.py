@@ -67,6 +67,16 @@ def refusal(tensors: dict[str, Any]) -> str | None:
     return MISSING
 
 
+def last_axis_whole(x: Tensor) -> Tensor:
+    """x itself where its last axis is contiguous (half of a projection, a piece of a text), else a contiguous copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def threads_for(work: int) -> int:
+    """How many threads a pass over ``work`` numbers is worth: waking one costs as much as 16 thousand of them."""
+    return max(1, min(torch.get_num_threads(), work >> 14))
+
+
 def call(name: str, *args: Tensor | int | None) -> None:
     """Call a kernel: tensors as pointers (they must be contiguous), None as a null pointer, integers as int64."""
     assert not isinstance(_LIBRARY, str), _LIBRARY

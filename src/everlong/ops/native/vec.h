@@ -5,6 +5,7 @@
 #include <cstring>
 
 #if defined(__AVX512F__)
+#include <immintrin.h>
 #define EV_WIDTH 16
 #elif defined(__AVX2__)
 #define EV_WIDTH 8
@@ -57,8 +58,7 @@ inline vh to_bf16(vf v) {  // round to nearest even; NaN stays NaN
   vu u = (vu)v;
   vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   vu nan = (u >> 16) | 0x40u;
-  vu is_nan = (vu)(v != v);
-  return __builtin_convertvector((is_nan & nan) | (~is_nan & rounded), vh);
+  return __builtin_convertvector(v != v ? nan : rounded, vh);
 }
 inline void store(bf16 *p, vf v) {
   vh h = to_bf16(v);
@@ -81,7 +81,7 @@ inline void store(T *p, vf v, int n) {
   std::memcpy(p, full, n * sizeof(T));
 }
 
-inline vf select(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
+inline vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
 
 inline float sum(vf v) {
   float total = 0;
@@ -89,23 +89,47 @@ inline float sum(vf v) {
   return total;
 }
 
+// exp(r) for |r| <= log(2) / 2, relative error below 1e-7; r^2 times a polynomial of degree 4, fitted, plus r + 1.
+inline vf exp_near_0(vf r) {
+  vf p = splat(1.38144e-3f);
+  p = p * r + 8.36875e-3f;
+  p = p * r + 4.166839e-2f;
+  p = p * r + 1.666652e-1f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  return p * r + 1.0f;
+}
+
 // exp(x), relative error below 2e-7 for -87 <= x <= 88; below that 0, above that exp(88); NaN stays NaN.
 inline vf exp(vf x) {
+#if defined(__AVX512F__)  // rounding to integers (8: to nearest) and scaling by powers of two are instructions
+  const __m512 y = _mm512_maskz_min_ps(-1, splat(88.0f), x);
+  const __m512 n = _mm512_maskz_roundscale_ps(-1, (vf)y * 1.44269504f, 8);
+  const vf p = exp_near_0((vf)y - (vf)n * 0.693145752f - (vf)n * 1.42860677e-6f);
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(y, splat(-87.3f), _CMP_NLT_UQ), p, n);
+#else
   vf low = splat(-87.3f), high = splat(88.0f);
   vi tiny = x < low;
   vf y = select(x > high, high, select(tiny, low, x));
   vf n = (y * 1.44269504f + 12582912.0f) - 12582912.0f;
-  vf r = y - n * 0.693145752f;
-  r = r - n * 1.42860677e-6f;
-  vf p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
+  vf p = exp_near_0(y - n * 0.693145752f - n * 1.42860677e-6f);
   vi scale = (__builtin_convertvector(n, vi) + 127) << 23;
   return select(tiny, vf{}, p * (vf)scale);
+#endif
+}
+
+// 1 / (1 + exp(-x)), relative error below 3e-7 for x >= -87, below that at most exp(-87).
+inline vf sigmoid(vf x) { return 1.0f / (1.0f + ev::exp(-x)); }
+
+// log(1 + exp(x)), relative error below 3e-7 for x >= -87; below that 0. log(1 + e) = 2 artanh(e / (2 + e)).
+inline vf softplus(vf x) {
+  const vf e = ev::exp(select(x < 0.0f, x, -x));
+  const vf s = e / (2.0f + e), s2 = s * s;
+  vf p = splat(0.14012315f);
+  p = p * s2 + 0.13999554f;
+  p = p * s2 + 0.2001085f;
+  p = p * s2 + 0.33333207f;
+  return select(x > 0.0f, x, vf{}) + 2.0f * (s + s * s2 * p);
 }
 
 }  // namespace ev
