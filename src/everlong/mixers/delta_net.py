@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..ops.common import unit
 from ..ops.delta_rule import delta_rule, delta_rule_step, plain
@@ -65,9 +64,12 @@ class DeltaNet(base.Mixer):
             memory=torch.zeros(batch, self.cfg.n_heads, self.head_k, self.head_v, **self.memory_factory),
         )
 
+    def _filter(self) -> dict[str, Any]:
+        return {"weight": self.conv.weight[:, 0], "activation": "silu"}
+
     def _rule(self, mixed: Tensor, x: Tensor) -> dict[str, Any]:
         """Inputs of the delta rule, [... H K] or [... H V], from the convolved q, k, v and x."""
-        q, k, v = (part.unflatten(-1, (self.cfg.n_heads, -1)) for part in F.silu(mixed).split(self.widths, dim=-1))
+        q, k, v = (part.unflatten(-1, (self.cfg.n_heads, -1)) for part in mixed.split(self.widths, dim=-1))
         beta = self.beta_proj(x).to(state_dtype(x)).sigmoid()
         if self.cfg.negative_eigenvalues:
             beta = 2 * beta
@@ -79,21 +81,20 @@ class DeltaNet(base.Mixer):
     def forward(self, x: Tensor, state: Any = None, *, starts: Tensor | None = None) -> tuple[Tensor, State]:
         """x [B T D] -> y [B T D], state."""
         before = self.begin(x, state, starts)
-        weight = self.conv.weight.squeeze(1)
-        mixed, conv = short_conv(self.qkv_proj(x), weight=weight, state=before.conv, starts=starts)
+        mixed, conv = short_conv(self.qkv_proj(x), **self._filter(), state=before.conv, starts=starts)
         y, memory = delta_rule(**self._rule(mixed, x), state=before.memory, starts=starts)
         return self._finish(y), self.State(conv=conv, memory=memory)
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """x [B D] -> y [B D], state."""
         before = self.begin(x, state)
-        mixed, conv = short_conv_step(self.qkv_proj(x), weight=self.conv.weight.squeeze(1), state=before.conv)
+        mixed, conv = short_conv_step(self.qkv_proj(x), **self._filter(), state=before.conv)
         y, memory = delta_rule_step(**self._rule(mixed, x), state=before.memory)
         return self._finish(y), self.State(conv=conv, memory=memory)
 
     def mixing(self, x: Tensor) -> base.Mixing:
         """See ``base.Mixer.mixing``; one matrix per head."""
-        mixed, _ = short_conv(self.qkv_proj(x), weight=self.conv.weight.squeeze(1))
+        mixed, _ = short_conv(self.qkv_proj(x), **self._filter())
         rule = self._rule(mixed, x)
         eye = base.identity_values(*rule["v"].shape[:3], like=rule["v"])
         matrix, _ = delta_rule(**{**rule, "v": eye})

@@ -95,7 +95,7 @@ class Mamba2(base.Mixer):
         )
 
     def _filter(self) -> dict[str, Any]:
-        return {"weight": self.conv1d.weight[:, 0], "bias": self.conv1d.bias}
+        return {"weight": self.conv1d.weight[:, 0], "bias": self.conv1d.bias, "activation": "silu"}
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The gate z, what is convolved (x, B, C), and the step dt in fp32."""
@@ -106,7 +106,7 @@ class Mamba2(base.Mixer):
 
     def _heads(self, mixed: Tensor, dt: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
         """x [... H V], and q, k, v, g of the linear attention."""
-        x, B, C = F.silu(mixed).split([self.channels, self.keys, self.keys], dim=-1)
+        x, B, C = mixed.split([self.channels, self.keys, self.keys], dim=-1)
         x = x.unflatten(-1, (self.n_heads, -1))
         B, C = (tensor.unflatten(-1, (self.cfg.n_groups, -1)) for tensor in (B, C))
         return x, (C, B, x * dt[..., None].to(x.dtype), -dt * self.A_log.to(dt.dtype).exp())

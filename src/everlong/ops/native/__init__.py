@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..record import recording
+
 BUILDS = ("avx512bf16", "avx512", "avx2", "portable")
 FOLDER = Path(__file__).parent
 
@@ -58,6 +60,8 @@ MISSING = _LIBRARY if isinstance(_LIBRARY, str) else None  # why there are no ke
 
 def refusal(tensors: dict[str, Any]) -> str | None:
     """Why the kernels cannot take these inputs, or None."""
+    if recording() is not None:
+        return "a recording notes the operations of PyTorch, not what kernels do with them"
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             continue
@@ -68,6 +72,16 @@ def refusal(tensors: dict[str, Any]) -> str | None:
         if x.is_complex():
             return f"{name} is complex"
     return MISSING
+
+
+def last_axis_whole(x: Tensor) -> Tensor:
+    """x itself where its last axis is contiguous (half of a projection, a piece of a text), else a contiguous copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def threads_for(work: int) -> int:
+    """How many threads a pass over ``work`` numbers is worth: waking one costs as much as 16 thousand of them."""
+    return max(1, min(torch.get_num_threads(), work >> 14))
 
 
 def call(name: str, *args: Tensor | int | None) -> None:

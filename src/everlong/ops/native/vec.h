@@ -58,8 +58,7 @@ inline vh to_bf16(vf v) {  // round to nearest even; NaN stays NaN
   vu u = (vu)v;
   vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   vu nan = (u >> 16) | 0x40u;
-  vu is_nan = (vu)(v != v);
-  return __builtin_convertvector((is_nan & nan) | (~is_nan & rounded), vh);
+  return __builtin_convertvector(v != v ? nan : rounded, vh);
 }
 inline void store(bf16 *p, vf v) {
   vh h = to_bf16(v);
