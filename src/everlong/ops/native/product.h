@@ -6,19 +6,25 @@
 //   INT8  bytes w + 128, [out/16][in/4][16][4]; scale fp32 [out]
 //   INT4  values w + 8, two to a byte: [out/16][in/32][4][16][4], the low half for inputs 8j..8j+3 of a group of 32,
 //         the high half for inputs 8j+4..8j+7; scale bf16 [out/16][in/32][16]
-// For these x becomes two signed 8-bit digits, round(x 16256 / max|x|) = 128 high + low, whose products are summed
-// exactly in int32: within a row for INT8, within a group for INT4. The sums of one row of x are taken in one order,
+// For these x becomes 8-bit digits, two for INT8 (as good as 15 bits), one with a scale for each group for INT4; their
+// products are summed exactly in int32, over a whole row or a group. The sums of one row of x are taken in one order,
 // whatever else is in the batch and however the outputs are split.
 #pragma once
 #include <cmath>
 
 #include "vec.h"
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 #if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
 #define EV_DOT 1  // vpdpbusd and vdpbf16ps
+#endif
+
+#if defined(__clang__)
+#define EV_UNROLL _Pragma("unroll")
+#else
+#define EV_UNROLL _Pragma("GCC unroll 16")
 #endif
 
 namespace ev {
@@ -113,18 +119,28 @@ inline void dots(const Product &p, const char *x, int64_t row_bytes, int64_t o, 
   int64_t k = 0;
   for (; k + K::STEP <= p.in; k += K::STEP) {
     typename K::V weight[OUT];
-    for (int j = 0; j < OUT; j++) weight[j] = K::weight(w + j * p.in + k);
+    EV_UNROLL
+    for (int j = 0; j < OUT; j++) {
+      weight[j] = K::weight(w + j * p.in + k);
+      if (ROWS > 1) __builtin_prefetch(w + (OUT + j) * p.in + k);  // of the next tile; one row is faster without
+    }
+    EV_UNROLL
     for (int r = 0; r < ROWS; r++) {
       const auto in = K::input(x + r * row_bytes, k);
+      EV_UNROLL
       for (int j = 0; j < OUT; j++) sum[j][r] = K::add(sum[j][r], weight[j], in);
     }
   }
   if (k < p.in)
+    EV_UNROLL
     for (int j = 0; j < OUT; j++) {
       const auto weight = K::weight(w + j * p.in + k, int(p.in - k));
+      EV_UNROLL
       for (int r = 0; r < ROWS; r++) sum[j][r] = K::add(sum[j][r], weight, K::input(x + r * row_bytes, k));
     }
+  EV_UNROLL
   for (int r = 0; r < ROWS; r++)
+    EV_UNROLL
     for (int j = 0; j < OUT; j++) y[r * y_stride + o + j] = total(sum[j][r]);
 }
 
@@ -137,9 +153,10 @@ struct Sixteen {
 #if defined(EV_DOT)
 struct Int {
   typedef int8_t Digit;
-  typedef __m512i Sums, Chunk;  // Chunk: four inputs of 16 outputs
-  static constexpr int ROWS = 6;
-  static Sums zero() { return _mm512_setzero_si512(); }
+  typedef vi Sums;
+  typedef __m512i Chunk;  // four inputs of 16 outputs
+  static constexpr int ROWS = 6;    // of x in a tile
+  static constexpr int SHARED = 5;  // from so many rows on two blocks share them; for fewer one stream is faster
   static Chunk bytes(const uint8_t *w) { return _mm512_loadu_si512(w); }
   static void halves(const uint8_t *w, Chunk &low, Chunk &high) {
     const __m512i v = _mm512_loadu_si512(w), mask = _mm512_set1_epi8(15);
@@ -149,160 +166,187 @@ struct Int {
   static Sums add(Sums s, Chunk w, const Digit *x) {
     int32_t four;
     std::memcpy(&four, x, 4);
-    return _mm512_dpbusd_epi32(s, w, _mm512_set1_epi32(four));
+    return (vi)_mm512_dpbusd_epi32((__m512i)s, w, _mm512_set1_epi32(four));
   }
-  static Sixteen lanes(Sums s) { return {{(vi)s}}; }
-};
-#elif defined(__AVX512BW__)
-struct Int {
-  typedef int16_t Digit;
-  struct Chunk {
-    __m512i v[2];  // 16 bits each: outputs 0..7, 8..15
-  };
-  typedef Chunk Sums;  // the sums of inputs 0, 1 and of inputs 2, 3 of each output
-  static constexpr int ROWS = 3;
-  static Sums zero() { return {{_mm512_setzero_si512(), _mm512_setzero_si512()}}; }
-  static __m256i half(const uint8_t *w) { return _mm256_loadu_si256((const __m256i *)w); }
-  static Chunk bytes(const uint8_t *w) {
-    return {{_mm512_cvtepu8_epi16(half(w)), _mm512_cvtepu8_epi16(half(w + 32))}};
-  }
-  static void halves(const uint8_t *w, Chunk &low, Chunk &high) {
-    const __m256i mask = _mm256_set1_epi8(15);
-    for (int i = 0; i < 2; i++) {
-      const __m256i v = half(w + 32 * i);
-      low.v[i] = _mm512_cvtepu8_epi16(_mm256_and_si256(v, mask));
-      high.v[i] = _mm512_cvtepu8_epi16(_mm256_and_si256(_mm256_srli_epi16(v, 4), mask));
-    }
-  }
-  static Sums add(Sums s, const Chunk &w, const Digit *x) {
-    int64_t four;
-    std::memcpy(&four, x, 8);
-    const __m512i in = _mm512_set1_epi64(four);
-    for (int i = 0; i < 2; i++) s.v[i] = _mm512_add_epi32(s.v[i], _mm512_madd_epi16(w.v[i], in));
-    return s;
-  }
-  static Sixteen lanes(const Sums &s) {
-    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    const __m512i odd = _mm512_or_si512(even, _mm512_set1_epi32(1));
-    return {{(vi)_mm512_add_epi32(_mm512_permutex2var_epi32(s.v[0], even, s.v[1]),
-                                  _mm512_permutex2var_epi32(s.v[0], odd, s.v[1]))}};
-  }
-};
-#elif defined(__AVX2__)
-struct Int {
-  typedef int16_t Digit;
-  struct Chunk {
-    __m256i v[4];  // 16 bits each: outputs 0..3, 4..7, 8..11, 12..15
-  };
-  typedef Chunk Sums;
-  static constexpr int ROWS = 1;
-  static Sums zero() {
-    const __m256i z = _mm256_setzero_si256();
-    return {{z, z, z, z}};
-  }
-  static __m256i widen(__m128i v) { return _mm256_cvtepu8_epi16(v); }
-  static Chunk bytes(const uint8_t *w) {
-    Chunk c;
-    for (int i = 0; i < 4; i++) c.v[i] = widen(_mm_loadu_si128((const __m128i *)(w + 16 * i)));
-    return c;
-  }
-  static void halves(const uint8_t *w, Chunk &low, Chunk &high) {
-    const __m128i mask = _mm_set1_epi8(15);
-    for (int i = 0; i < 4; i++) {
-      const __m128i v = _mm_loadu_si128((const __m128i *)(w + 16 * i));
-      low.v[i] = widen(_mm_and_si128(v, mask));
-      high.v[i] = widen(_mm_and_si128(_mm_srli_epi16(v, 4), mask));
-    }
-  }
-  static Sums add(Sums s, const Chunk &w, const Digit *x) {
-    int64_t four;
-    std::memcpy(&four, x, 8);
-    const __m256i in = _mm256_set1_epi64x(four);
-    for (int i = 0; i < 4; i++) s.v[i] = _mm256_add_epi32(s.v[i], _mm256_madd_epi16(w.v[i], in));
-    return s;
-  }
-  static Sixteen lanes(const Sums &s) {
-    Sixteen t;
-    for (int i = 0; i < 2; i++)
-      t.part[i] = (vi)_mm256_permute4x64_epi64(_mm256_hadd_epi32(s.v[2 * i], s.v[2 * i + 1]), 0xd8);
-    return t;
-  }
+  static Sixteen lanes(Sums s) { return {{s}}; }
 };
 #else
 struct Int {
+  static constexpr int PARTS = 2 * LANES / W, ROWS = W == 16 ? 3 : 1, SHARED = W == 16 ? 5 : 1 << 30;
   typedef int16_t Digit;
+  typedef uint8_t vb __attribute__((vector_size(2 * W)));
+  typedef int16_t vw __attribute__((vector_size(4 * W)));
+  typedef int64_t vl __attribute__((vector_size(4 * W)));
   struct Chunk {
-    int16_t v[4 * LANES];
+    vw v[PARTS];  // W / 2 outputs each
   };
   struct Sums {
-    int32_t v[LANES];
+    vi v[PARTS];  // of inputs 0 and 1, and of inputs 2 and 3, of each output
   };
-  static constexpr int ROWS = 1;
-  static Sums zero() { return {}; }
+  static vw part(const uint8_t *w, int i) {
+    vb v;
+    std::memcpy(&v, w + 2 * W * i, sizeof v);
+#if defined(__AVX2__) && !defined(__AVX512BW__)
+    return (vw)_mm256_cvtepu8_epi16((__m128i)v);
+#else
+    return __builtin_convertvector(v, vw);
+#endif
+  }
   static Chunk bytes(const uint8_t *w) {
     Chunk c;
-    for (int i = 0; i < 4 * LANES; i++) c.v[i] = w[i];
+    EV_UNROLL
+    for (int i = 0; i < PARTS; i++) c.v[i] = part(w, i);
     return c;
   }
   static void halves(const uint8_t *w, Chunk &low, Chunk &high) {
-    for (int i = 0; i < 4 * LANES; i++) low.v[i] = w[i] & 15, high.v[i] = w[i] >> 4;
+    EV_UNROLL
+    for (int i = 0; i < PARTS; i++) {
+      const vw both = part(w, i);
+      low.v[i] = both & 15;
+      high.v[i] = both >> 4;
+    }
+  }
+  static vi pairs(vw a, vw b) {  // products of neighbours, summed
+#if defined(__AVX512BW__)
+    return (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+    return (vi)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+    return ((vi)a >> 16) * ((vi)b >> 16) + ((vi)a << 16 >> 16) * ((vi)b << 16 >> 16);
+#endif
   }
   static Sums add(Sums s, const Chunk &w, const Digit *x) {
-    for (int o = 0; o < LANES; o++)
-      s.v[o] += (w.v[4 * o] * x[0] + w.v[4 * o + 1] * x[1]) + (w.v[4 * o + 2] * x[2] + w.v[4 * o + 3] * x[3]);
+    int64_t four;
+    std::memcpy(&four, x, 8);
+    const vw in = (vw)(vl{} + four);
+    EV_UNROLL
+    for (int i = 0; i < PARTS; i++) s.v[i] += pairs(w.v[i], in);
     return s;
   }
   static Sixteen lanes(const Sums &s) {
     Sixteen t;
-    std::memcpy(&t, &s, sizeof t);
+#if defined(__AVX512BW__)
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_or_si512(even, _mm512_set1_epi32(1));
+    t.part[0] = (vi)_mm512_permutex2var_epi32((__m512i)s.v[0], even, (__m512i)s.v[1]) +
+                (vi)_mm512_permutex2var_epi32((__m512i)s.v[0], odd, (__m512i)s.v[1]);
+#elif defined(__AVX2__)
+    EV_UNROLL
+    for (int i = 0; i < 2; i++) {
+      const __m256i sum = _mm256_hadd_epi32((__m256i)s.v[2 * i], (__m256i)s.v[2 * i + 1]);
+      t.part[i] = (vi)_mm256_permute4x64_epi64(sum, 0xd8);
+    }
+#else
+    for (int o = 0; o < LANES; o++)
+      t.part[o / W][o % W] = s.v[2 * o / W][2 * o % W] + s.v[2 * o / W][2 * o % W + 1];
+#endif
     return t;
   }
 };
 #endif
 
-// A prepared row of x: this head, for INT4 the offset of each group (int32, 16 to a line), then for every four
-// inputs their high digits and their low digits.
-struct Head {
+// The largest |x| of n values, NaN where one is not finite.
+inline float largest(const float *x, int64_t n) {
+  vf most{}, odd{};  // odd: 0, or NaN where an input is not finite
+  for (int64_t i = 0; i < n; i += W) {
+    const vf v = load(x + i, int(n - i < W ? n - i : W));
+    const vf size = select(v < 0, -v, v);
+    most = select(size > most, size, most);
+    odd += v - v;
+  }
+  float top[W], bad[W];
+  store(top, most), store(bad, odd);
+  for (int n = W / 2; n; n /= 2)
+    for (int i = 0; i < n; i++) top[i] = top[i + n] > top[i] ? top[i + n] : top[i], bad[i] += bad[i + n];
+  return top[0] + bad[0];
+}
+
+// What to multiply by so that ``top`` becomes ``most``; 0 for values so small (or not finite) that there is nothing.
+inline float inverse(float top, float most) { return top >= 1e-34f && top < INFINITY ? most / top : 0; }
+
+// round(x[at..] * by), zeros beyond n and where ``by`` is 0.
+inline vi rounded(const float *x, int64_t at, int64_t n, float by) {
+  if (at >= n || by == 0) return vi{};
+  const vf v = load(x + at, int(n - at < W ? n - at : W)) * by;
+#if defined(__AVX512F__)
+  return (vi)_mm512_maskz_cvtps_epi32(0xffff, (__m512)v);
+#elif defined(__AVX2__)
+  return (vi)_mm256_cvtps_epi32((__m256)v);
+#elif defined(__SSE2__)
+  return (vi)_mm_cvtps_epi32((__m128)v);
+#else
+  return __builtin_convertvector((v + 12582912.0f) - 12582912.0f, vi);
+#endif
+}
+inline void shrink(Int::Digit *to, vi v) {
+  typedef Int::Digit vd __attribute__((vector_size(W * sizeof(Int::Digit))));
+  const vd digits = __builtin_convertvector(v, vd);
+  std::memcpy(to, &digits, sizeof digits);
+}
+inline int32_t total(vi v) {
+  int32_t sum = 0;
+  for (int i = 0; i < W; i++) sum += v[i];
+  return sum;
+}
+
+// A row of x for INT8: two digits, round(x 16256 / max|x|) = 128 high + low; four high digits, four low ones, ...
+struct Row {
   float scale;
   int32_t high, low;  // sums of the digits
   int32_t unused[13];
 };
 
-inline int64_t offsets_bytes(const Product &p) { return p.kind == INT4 ? padded(p.in, GROUP * 16) / GROUP * 4 : 0; }
-inline const Int::Digit *digits(const Product &p, const char *row) {
-  return (const Int::Digit *)(row + sizeof(Head) + offsets_bytes(p));
+inline const Int::Digit *digits(const char *row) { return (const Int::Digit *)(row + sizeof(Row)); }
+
+inline void prepare_row(const Product &p, const float *x, char *row) {
+  const float top = largest(x, p.in), by = inverse(top, TOP);
+  auto *to = (Int::Digit *)digits(row);
+  Int::Digit high[GROUP], low[GROUP];
+  vi high_sum{}, low_sum{};
+  for (int64_t g = 0; g < p.in; g += GROUP) {
+    for (int i = 0; i < GROUP; i += W) {
+      const vi q = rounded(x, g + i, p.in, by), h = (q + 64) >> 7, l = q - 128 * h;
+      high_sum += h, low_sum += l;
+      shrink(high + i, h), shrink(low + i, l);
+    }
+    for (int i = 0; i < GROUP; i += 4) {
+      std::memcpy(to + 2 * (g + i), high + i, 4 * sizeof *high);
+      std::memcpy(to + 2 * (g + i) + 4, low + i, 4 * sizeof *low);
+    }
+  }
+  *(Row *)row = {by == 0 ? top - top : top / TOP, total(high_sum), total(low_sum), {}};
 }
 
-inline void prepare_digits(const Product &p, const float *x, char *row) {
-  vf most{}, odd{};  // odd: 0, or NaN where an input is not finite
-  for (int64_t i = 0; i < p.in; i += W) {
-    const vf v = load(x + i, int(p.in - i < W ? p.in - i : W));
-    const vf size = select(v < 0, -v, v);
-    most = select(size > most, size, most);
-    odd += v - v;
-  }
-  float top = 0, bad = 0;
-  for (int i = 0; i < W; i++) top = most[i] > top ? most[i] : top, bad += odd[i];
-  const bool finite = bad == 0;
-  const float inverse = finite && top > 0 ? TOP / top : 0;
-  auto *to = (Int::Digit *)digits(p, row);
-  auto *offset = (int32_t *)(row + sizeof(Head));
-  int32_t high_sum = 0, low_sum = 0;
-  for (int64_t g = 0; g < padded(p.in, GROUP); g += GROUP) {
-    float values[GROUP] = {};
-    std::memcpy(values, x + g, 4 * (p.in - g < GROUP ? p.in - g : GROUP));
-    int32_t high_group = 0, low_group = 0;
-    for (int i = 0; i < GROUP; i++) {
-      const int32_t q = finite && inverse < INFINITY ? int32_t(std::nearbyintf(values[i] * inverse)) : 0;
-      const int32_t high = (q + 64) >> 7, low = q - 128 * high;
-      to[2 * g + i / 4 * 8 + i % 4] = Int::Digit(high);
-      to[2 * g + i / 4 * 8 + i % 4 + 4] = Int::Digit(low);
-      high_group += high, low_group += low;
+// A row of x for INT4: per group of 32 a scale, -8 times the sum of the digits, and one digit, round(x 127 / max|x|),
+// whose error is small beside that of the weights.
+struct Scaled {
+  float *scale;
+  int32_t *offset;
+  Int::Digit *digits;
+};
+
+inline Scaled scaled(const Product &p, const char *row) {
+  const int64_t lines = padded(p.in, GROUP * 16) / GROUP;
+  float *scale = (float *)row;
+  return {scale, (int32_t *)(scale + lines), (Int::Digit *)(scale + 2 * lines)};
+}
+
+inline void prepare_groups(const Product &p, const float *x, char *row) {
+  const Scaled to = scaled(p, row);
+  for (int64_t g = 0; g * GROUP < p.in; g++) {
+    const int64_t n = p.in - g * GROUP < GROUP ? p.in - g * GROUP : GROUP;
+    const float top = largest(x + g * GROUP, n), by = inverse(top, 127);
+    vi sum{};
+    for (int i = 0; i < GROUP; i += W) {
+      const vi q = rounded(x, g * GROUP + i, p.in, by);
+      shrink(to.digits + g * GROUP + i, q);
+      sum += q;
     }
-    high_sum += high_group, low_sum += low_group;
-    if (p.kind == INT4) offset[g / GROUP] = -8 * (128 * high_group + low_group);
+    to.scale[g] = by == 0 ? top - top : top / 127;
+    to.offset[g] = -8 * total(sum);
   }
-  *(Head *)row = {finite ? top / TOP : bad, high_sum, low_sum, {}};
 }
 
 inline void write(const Product &p, int64_t o, const vf *result, float *y) {
@@ -316,30 +360,37 @@ inline void int8_tile(const Product &p, const char *x, int64_t row_bytes, int64_
   const int64_t steps = padded(p.in, GROUP) / 4;
   const auto *w = (const uint8_t *)p.weight + o * steps * 4;
   const Int::Digit *in[ROWS];
-  Int::Sums high[BLOCKS][ROWS], low[BLOCKS][ROWS];
-  for (int r = 0; r < ROWS; r++) {
-    in[r] = digits(p, x + r * row_bytes);
-    for (int j = 0; j < BLOCKS; j++) high[j][r] = low[j][r] = Int::zero();
-  }
+  Int::Sums high[BLOCKS][ROWS] = {}, low[BLOCKS][ROWS] = {};
+  EV_UNROLL
+  for (int r = 0; r < ROWS; r++) in[r] = digits(x + r * row_bytes);
   for (int64_t k = 0; k < steps; k++) {
     Int::Chunk chunk[BLOCKS];
-    for (int j = 0; j < BLOCKS; j++) chunk[j] = Int::bytes(w + (j * steps + k) * 64);
+    EV_UNROLL
+    for (int j = 0; j < BLOCKS; j++) {
+      chunk[j] = Int::bytes(w + (j * steps + k) * 64);
+      __builtin_prefetch(w + ((BLOCKS + j) * steps + k) * 64);
+    }
+    EV_UNROLL
     for (int r = 0; r < ROWS; r++)
+      EV_UNROLL
       for (int j = 0; j < BLOCKS; j++) {
         high[j][r] = Int::add(high[j][r], chunk[j], in[r] + 8 * k);
         low[j][r] = Int::add(low[j][r], chunk[j], in[r] + 8 * k + 4);
       }
   }
+  EV_UNROLL
   for (int r = 0; r < ROWS; r++) {
-    const Head &head = *(const Head *)(x + r * row_bytes);
+    const Row &row = *(const Row *)(x + r * row_bytes);
+    EV_UNROLL
     for (int j = 0; j < BLOCKS; j++) {
       const Sixteen h = Int::lanes(high[j][r]), l = Int::lanes(low[j][r]);
       vf result[LANES / W];
+      EV_UNROLL
       for (int i = 0; i < LANES / W; i++) {
         const vf scale = load((const float *)p.scale + o + j * LANES + i * W);
-        const vf sum = __builtin_convertvector(h.part[i] - 128 * head.high, vf) * 128.0f +
-                       __builtin_convertvector(l.part[i] - 128 * head.low, vf);
-        result[i] = sum * scale * head.scale;
+        const vf sum = __builtin_convertvector(h.part[i] - 128 * row.high, vf) * 128.0f +
+                       __builtin_convertvector(l.part[i] - 128 * row.low, vf);
+        result[i] = sum * scale * row.scale;
       }
       write(p, o + j * LANES, result, y + r * y_stride);
     }
@@ -351,36 +402,43 @@ inline void int4_tile(const Product &p, const char *x, int64_t row_bytes, int64_
   const int64_t groups = padded(p.in, GROUP) / GROUP;
   const auto *w = (const uint8_t *)p.weight + o * groups * 16;
   const auto *scales = (const bf16 *)p.scale + o * groups;
+  const Scaled x0 = scaled(p, x);
   vf sum[BLOCKS][ROWS][LANES / W] = {};
   for (int64_t g = 0; g < groups; g++) {
-    Int::Sums high[BLOCKS][ROWS], low[BLOCKS][ROWS];
-    for (int j = 0; j < BLOCKS; j++)
-      for (int r = 0; r < ROWS; r++) high[j][r] = low[j][r] = Int::zero();
+    Int::Sums dot[BLOCKS][ROWS] = {};
+    if (g % 2 == 0) __builtin_prefetch(scales + (BLOCKS * groups + g) * LANES);
+    EV_UNROLL
     for (int s = 0; s < 4; s++)
+      EV_UNROLL
       for (int j = 0; j < BLOCKS; j++) {
+        const uint8_t *from = w + ((j * groups + g) * 4 + s) * 64;
         Int::Chunk first, second;
-        Int::halves(w + ((j * groups + g) * 4 + s) * 64, first, second);
+        Int::halves(from, first, second);
+        __builtin_prefetch(from + BLOCKS * groups * 256);
+        EV_UNROLL
         for (int r = 0; r < ROWS; r++) {
-          const Int::Digit *in = digits(p, x + r * row_bytes) + 2 * GROUP * g + 16 * s;
-          high[j][r] = Int::add(Int::add(high[j][r], first, in), second, in + 8);
-          low[j][r] = Int::add(Int::add(low[j][r], first, in + 4), second, in + 12);
+          const auto *in = (const Int::Digit *)((const char *)x0.digits + r * row_bytes) + GROUP * g + 8 * s;
+          dot[j][r] = Int::add(Int::add(dot[j][r], first, in), second, in + 4);
         }
       }
+    EV_UNROLL
     for (int j = 0; j < BLOCKS; j++)
+      EV_UNROLL
       for (int r = 0; r < ROWS; r++) {
-        const int32_t offset = ((const int32_t *)(x + r * row_bytes + sizeof(Head)))[g];
-        const Sixteen h = Int::lanes(high[j][r]), l = Int::lanes(low[j][r]);
+        const int32_t offset = ((const int32_t *)((const char *)x0.offset + r * row_bytes))[g];
+        const float size = ((const float *)((const char *)x0.scale + r * row_bytes))[g];
+        const Sixteen whole = Int::lanes(dot[j][r]);
+        EV_UNROLL
         for (int i = 0; i < LANES / W; i++) {
           const vf scale = load(scales + (j * groups + g) * LANES + i * W);
-          sum[j][r][i] += __builtin_convertvector((h.part[i] << 7) + l.part[i] + offset, vf) * scale;
+          sum[j][r][i] += __builtin_convertvector(whole.part[i] + offset, vf) * (scale * size);
         }
       }
   }
+  EV_UNROLL
   for (int r = 0; r < ROWS; r++)
-    for (int j = 0; j < BLOCKS; j++) {
-      for (int i = 0; i < LANES / W; i++) sum[j][r][i] *= ((const Head *)(x + r * row_bytes))->scale;
-      write(p, o + j * LANES, sum[j][r], y + r * y_stride);
-    }
+    EV_UNROLL
+    for (int j = 0; j < BLOCKS; j++) write(p, o + j * LANES, sum[j][r], y + r * y_stride);
 }
 
 // ---- tiles over the batch ----
@@ -403,7 +461,7 @@ struct Eight {
 };
 template <int BLOCKS>
 struct Four {
-  static constexpr int ROWS = Int::ROWS < 4 ? Int::ROWS : 4;
+  static constexpr int ROWS = Int::ROWS;
   template <int N>
   static void tile(const Product &p, const char *x, int64_t bytes, int64_t o, float *y, int64_t stride) {
     int4_tile<BLOCKS, N>(p, x, bytes, o, y, stride);
@@ -412,7 +470,8 @@ struct Four {
 
 // The whole batch against the outputs from o on, in tiles of like heights.
 template <class T>
-inline void batched(const Product &p, int64_t batch, const char *x, int64_t bytes, int64_t o, float *y, int64_t stride) {
+inline void batched(const Product &p, int64_t batch, const char *x, int64_t bytes, int64_t o, float *y,
+                    int64_t stride) {
   for (int64_t b = 0; b < batch;) {
     const int64_t left = batch - b, tiles = (left + T::ROWS - 1) / T::ROWS, rows = (left + tiles - 1) / tiles;
     const char *from = x + b * bytes;
@@ -433,8 +492,8 @@ inline void batched(const Product &p, int64_t batch, const char *x, int64_t byte
 }
 
 template <class Many, class One>
-inline void walk(const Product &p, int64_t batch, const char *x, int64_t bytes, int64_t begin, int64_t end, int64_t many,
-                 int64_t one, float *y, int64_t stride) {
+inline void walk(const Product &p, int64_t batch, const char *x, int64_t bytes, int64_t begin, int64_t end,
+                 int64_t many, int64_t one, float *y, int64_t stride) {
   int64_t o = begin;
   for (; o + many <= end; o += many) batched<Many>(p, batch, x, bytes, o, y, stride);
   for (; o < end; o += one) batched<One>(p, batch, x, bytes, o, y, stride);
@@ -449,7 +508,8 @@ inline void prepare_dense(const Product &p, const float *x, char *row) {
 inline int64_t row_bytes(const Product &p) {
   if (p.kind == FP32) return padded(p.in, Fp32::STEP) * Fp32::BYTES;
   if (p.kind == BF16) return padded(p.in, Bf16::STEP) * Bf16::BYTES;
-  return sizeof(Head) + offsets_bytes(p) + padded(p.in, GROUP) * 2 * sizeof(Int::Digit);
+  if (p.kind == INT8) return sizeof(Row) + padded(p.in, GROUP) * 2 * sizeof(Int::Digit);
+  return padded(p.in, GROUP * 16) / GROUP * 8 + padded(p.in, 64) * sizeof(Int::Digit);
 }
 
 }  // namespace product
@@ -468,8 +528,10 @@ inline void product_prepare(const Product &p, int64_t begin, int64_t end, const 
       prepare_dense<Fp32>(p, from, to);
     else if (p.kind == BF16)
       prepare_dense<Bf16>(p, from, to);
+    else if (p.kind == INT8)
+      prepare_row(p, from, to);
     else
-      prepare_digits(p, from, to);
+      prepare_groups(p, from, to);
   }
 }
 inline void product_prepare(const Product &p, int64_t batch, const float *x, int64_t x_stride, void *scratch) {
@@ -487,9 +549,11 @@ inline void product_rows(const Product &p, int64_t batch, const void *scratch, i
   else if (p.kind == BF16)
     walk<Dense<Bf16, 4>, Dense<Bf16, 1>>(p, batch, x, bytes, begin, end, 4, 1, y, y_stride);
   else if (p.kind == INT8)
-    walk<Eight<2>, Eight<1>>(p, batch, x, bytes, begin, end, 2 * LANES, LANES, y, y_stride);
+    batch < Int::SHARED ? walk<Eight<1>, Eight<1>>(p, batch, x, bytes, begin, end, LANES, LANES, y, y_stride)
+                   : walk<Eight<2>, Eight<1>>(p, batch, x, bytes, begin, end, 2 * LANES, LANES, y, y_stride);
   else
-    walk<Four<2>, Four<1>>(p, batch, x, bytes, begin, end, 2 * LANES, LANES, y, y_stride);
+    batch < Int::SHARED ? walk<Four<1>, Four<1>>(p, batch, x, bytes, begin, end, LANES, LANES, y, y_stride)
+                   : walk<Four<2>, Four<1>>(p, batch, x, bytes, begin, end, 2 * LANES, LANES, y, y_stride);
 }
 
 // Rows begin..end of the matrix, dequantised: [end - begin, in] in fp32 or bf16.
