@@ -92,12 +92,11 @@ class Mamba(base.Mixer):
         return {"weight": self.conv1d.weight[:, 0], "bias": self.conv1d.bias, "activation": "silu"}
 
     def _select(self, x: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The inputs of the scan that depend on the token (dt is computed in fp32), and those that do not."""
+        """The inputs of the scan that depend on the token (dt before its bias and softplus), and those that do not."""
         low, B, C = self.x_proj(x).split([self.rank, self.cfg.d_state, self.cfg.d_state], dim=-1)
-        wide = state_dtype(x)
-        steps = linear(self.dt_layernorm(low), self.dt_proj.weight).to(wide) + self.dt_proj.bias.to(wide)
-        tokens = {"x": x, "dt": F.softplus(steps), "B": self.b_layernorm(B), "C": self.c_layernorm(C)}
-        return tokens, {"A": -self.A_log.to(wide).exp(), "D": self.D}
+        dt = linear(self.dt_layernorm(low), self.dt_proj.weight)
+        tokens = {"x": x, "dt": dt, "B": self.b_layernorm(B), "C": self.c_layernorm(C)}
+        return tokens, {"A": -self.A_log.to(state_dtype(x)).exp(), "D": self.D, "dt_bias": self.dt_proj.bias}
 
     def forward(self, x: Tensor, state: Any = None, *, starts: Tensor | None = None) -> tuple[Tensor, State]:
         """x [B T D] -> y [B T D], state."""

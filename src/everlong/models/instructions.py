@@ -279,10 +279,24 @@ def _short_conv_step(
 
 @_leaf
 def _selective_scan_step(
-    to: Lowering, out: Any, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, D: Tensor | None, state: Tensor
+    to: Lowering,
+    out: Any,
+    x: Tensor,
+    dt: Tensor,
+    B: Tensor,
+    C: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor,
 ) -> None:
     y, after = out
-    tokens = [to.ref(x), to.ref(dt), *(to.ref(t) if t.stride(-1) == 1 else to.dense(t) for t in (B, C))]
+    step = to.ref(dt)
+    if dt_bias is not None:
+        given, step = step, to.temporary(dt.shape)
+        to.map("add", dt.shape, step, [given, to.repeat(dt_bias, dt.shape)])
+        to.map("softplus", dt.shape, step, [step])
+    tokens = [to.ref(x), step, *(to.ref(t) if t.stride(-1) == 1 else to.dense(t) for t in (B, C))]
     fixed = [to.constant(A), None if D is None else to.constant(D)]
     memory = to.own(state, after)
     to.add("scan", (*x.shape, A.shape[1]), to.new(y), *tokens, *fixed, memory, shared=True)

@@ -112,11 +112,11 @@ class Lowering:
         if not isinstance(value, Tensor):
             value = torch.tensor(value)
         if not value.is_complex():
-            real = self.ref(value.expand(shape)) if self.known(value) else self._repeat(value, shape)
+            real = self.ref(value.expand(shape)) if self.known(value) else self.repeat(value, shape)
             return real, self.zero._replace(strides=(0,) * len(shape))
         if not self.known(value):
             pair = torch.view_as_real(value.detach().to(torch.complex64).resolve_conj())
-            return self._repeat(pair[..., 0], shape), self._repeat(pair[..., 1], shape)
+            return self.repeat(pair[..., 0], shape), self.repeat(pair[..., 1], shape)
         if value.is_conj() or _key(value) in self.stale:
             raise Unsupported("a conjugate, or a state from before an in-place step")
         strides = tuple(2 * s for s in value.expand(shape).stride())
@@ -152,7 +152,7 @@ class Lowering:
         if _key(after) in self.moved:
             source = self.moved[_key(after)]._replace(strides=state.stride())
         else:
-            source = self.ref(after) if self.known(after) else self._repeat(after, after.shape)
+            source = self.ref(after) if self.known(after) else self.repeat(after, after.shape)
         if source.buffer is home:
             if source.offset or source.strides != state.stride():
                 raise Unsupported("a state that moves within its own memory")
@@ -180,10 +180,11 @@ class Lowering:
     def elementwise(self, name: str, out: Tensor, *inputs: Any, scalars: Sequence[float] = ()) -> None:
         """``out = name(inputs)``, broadcast; numbers may stand for tensors."""
         tensors = [x if isinstance(x, Tensor) else torch.tensor(float(x)) for x in inputs]
-        refs = [self.ref(x.expand(out.shape)) if self.known(x) else self._repeat(x, out.shape) for x in tensors]
+        refs = [self.ref(x.expand(out.shape)) if self.known(x) else self.repeat(x, out.shape) for x in tensors]
         self.map(name, out.shape, self.new(out), refs, scalars)
 
-    def _repeat(self, constant: Tensor, shape: Sequence[int]) -> Ref:
+    def repeat(self, constant: Tensor, shape: Sequence[int]) -> Ref:
+        """A constant, broadcast to ``shape``."""
         ref = self.ref(constant)
         assert ref.buffer.given is not None
         return Ref(ref.buffer, 0, ref.buffer.given.expand(shape).stride())

@@ -132,4 +132,28 @@ inline vf softplus(vf x) {
   return select(x > 0.0f, x, vf{}) + 2.0f * (s + s * s2 * p);
 }
 
+// 2^x for x <= 0, relative error below 2e-7 down to 2^-126, below that 0; NaN stays NaN. For decays, scaled by LOG2E.
+constexpr float LOG2E = 1.44269504f;
+inline vf exp2_decay(vf x) {
+#if defined(__AVX512F__)
+  const __m512 y = _mm512_maskz_max_ps(-1, splat(-160.0f), x), n = _mm512_maskz_roundscale_ps(-1, y, 8);
+  const vf r = (vf)y - (vf)n;
+#else
+  const vi tiny = x < -126.0f;
+  const vf y = select(tiny, vf{}, x), n = (y + 12582912.0f) - 12582912.0f, r = y - n;
+#endif
+  vf p = splat(1.32647e-3f);
+  p = p * r + 9.67151e-3f;
+  p = p * r + 5.550734e-2f;
+  p = p * r + 2.4022242e-1f;
+  p = p * r + 6.93147e-1f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return _mm512_maskz_scalef_ps(-1, p, n);
+#else
+  const vi scale = (__builtin_convertvector(n, vi) + 127) << 23;
+  return select(tiny, vf{}, p * (vf)scale);
+#endif
+}
+
 }  // namespace ev
