@@ -1,6 +1,7 @@
 // Vectors of W floats for the instruction set this file is compiled for, and the few functions kernels need.
 // The same source is built three times (AVX-512, AVX2, portable); GCC and Clang vector extensions do the rest.
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -81,6 +82,31 @@ inline void store(T *p, vf v, int n) {
   std::memcpy(p, full, n * sizeof(T));
 }
 
+// Pairs of neighbouring lanes (real and imaginary parts): exchanged, the first twice, the second twice.
+typedef uint64_t vpair __attribute__((vector_size(4 * EV_WIDTH)));
+inline vf swapped(vf v) { return (vf)((vpair)v >> 32 | (vpair)v << 32); }
+inline vf firsts(vf v) { return (vf)((vpair)v << 32 | ((vpair)v & 0xffffffffu)); }
+inline vf seconds(vf v) { return (vf)((vpair)v >> 32 | ((vpair)v & ~uint64_t(0xffffffffu))); }
+// The first half of the lanes, each twice; and back, the first lane of each pair (the other half is zero).
+typedef uint32_t vhalf __attribute__((vector_size(2 * EV_WIDTH)));
+inline vf twice(vf v) {
+  vhalf half;
+  std::memcpy(&half, &v, sizeof half);
+  const vpair wide = __builtin_convertvector(half, vpair);
+  return (vf)(wide | wide << 32);
+}
+inline vf once(vf v) {
+  const vhalf half = __builtin_convertvector((vpair)v, vhalf);
+  vf out{};
+  std::memcpy(&out, &half, sizeof half);
+  return out;
+}
+inline vf alternating() {  // -1, 1, -1, 1, ...
+  vf v = splat(1.0f);
+  for (int i = 0; i < W; i += 2) v[i] = -1.0f;
+  return v;
+}
+
 inline vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
 
 inline float sum(vf v) {
@@ -120,6 +146,24 @@ inline vf exp(vf x) {
 
 // 1 / (1 + exp(-x)), relative error below 3e-7 for x >= -87, below that at most exp(-87).
 inline vf sigmoid(vf x) { return 1.0f / (1.0f + ev::exp(-x)); }
+
+// sin(x) and cos(x), absolute error below 2e-7 for |x| <= 8192; above that below 2e-7 + 2e-16 |x|.
+inline void sin_cos(vf x, vf &sine, vf &cosine) {
+  for (int i = 0; i < W; i++)
+    if (!(x[i] <= 8192.0f && x[i] >= -8192.0f)) x[i] = float(std::remainder(double(x[i]), 6.283185307179586));
+  const vf n = (x * 0.636619772f + 12582912.0f) - 12582912.0f;  // quarter turns
+  vf r = x - n * 1.5703125f;
+  r = r - n * 4.83751297e-4f;
+  r = r - n * 7.54979013e-8f;
+  const vf r2 = r * r;
+  const vf s = r + r * r2 * ((r2 * -1.9517e-4f + 8.33218e-3f) * r2 - 1.6666655e-1f);
+  const vf c = 1.0f - 0.5f * r2 + r2 * r2 * ((r2 * 2.44380909e-5f - 1.38873645e-3f) * r2 + 4.16666468e-2f);
+  const vi q = __builtin_convertvector(n, vi);
+  const vi odd = -(q & 1), half = q << 30, both = (q + 1) << 30;  // signs: of half turns, and for cos one quarter on
+  const vi sign = int32_t(1u << 31) + vi{};
+  sine = (vf)((vi)select(odd, c, s) ^ (half & sign));
+  cosine = (vf)((vi)select(odd, s, c) ^ (both & sign));
+}
 
 // log(1 + exp(x)), relative error below 3e-7 for x >= -87; below that 0. log(1 + e) = 2 artanh(e / (2 + e)).
 inline vf softplus(vf x) {
