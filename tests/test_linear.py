@@ -43,3 +43,13 @@ def test_onednn_is_really_used(monkeypatch):
     layer, x = Linear(4, 3), torch.randn(2, 4, requires_grad=True)
     layer(x).sum().backward()
     assert len(calls) == 3  # y, dx, dW
+
+
+@pytest.mark.skipif(not module.ONEDNN, reason="no AVX-512, so MKL serves")
+def test_onednn_never_sees_a_matrix_with_gaps(monkeypatch):
+    seen = []
+    monkeypatch.setattr(module, "_onednn", lambda x, weight, bias: seen.append(weight) or F.linear(x, weight, bias))
+    x = torch.randn(6, 9)[:, :5].requires_grad_()  # a part of a projection, as dt is in Mamba
+    linear(x, torch.randn(4, 9)[:, 2:7].requires_grad_()).sum().backward()
+    assert len(seen) == 3
+    assert all(w.is_contiguous() or w.t().is_contiguous() for w in seen)

@@ -40,6 +40,15 @@ def _for_onednn(*tensors: Tensor | None) -> bool:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return _onednn(x, _dense(weight), bias)
+
+
+def _dense(weight: Tensor) -> Tensor:
+    """oneDNN takes a matrix or its transpose; from a matrix with gaps it computes a thousand times slower."""
+    return weight if weight.is_contiguous() or weight.t().is_contiguous() else weight.contiguous()
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
