@@ -11,6 +11,7 @@ import ctypes
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ def _load() -> ctypes.CDLL | str:
         if path.exists():
             _share_openmp()
             return ctypes.CDLL(str(path))
-    return "no kernels were built; install with a C++ compiler (g++ or clang++) present"
+    missing = "no kernels were built; install with a C++ compiler (g++ or clang++) present"
+    warnings.warn(f"everlong runs on its PyTorch forms, which are slower: {missing}, or from a wheel", stacklevel=2)
+    return missing
 
 
 def supported() -> list[str]:
