@@ -41,6 +41,8 @@ class GLA(base.Mixer):
 
         memory: Tensor  # [B H K V] fp32
 
+    full_precision = ("decay_proj",)
+
     def __init__(self, cfg: Config, d_model: int, depth: base.Depth = base.Depth()) -> None:
         super().__init__(cfg, d_model, depth)
         keys, values = int(cfg.expand_k * d_model), int(cfg.expand_v * d_model)

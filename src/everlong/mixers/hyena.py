@@ -74,6 +74,7 @@ class Hyena(base.Mixer):
     memory = "linear"
     equation = "v ← h * (x₁ v) + b x₁ v,  y = x₀ v"
     no_decay = ("bias", "filter")
+    full_precision = ("filter",)
 
     @dataclass(frozen=True, kw_only=True)
     class Config(base.Config):

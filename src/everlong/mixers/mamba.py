@@ -32,6 +32,8 @@ class Mamba(base.Mixer):
 
     equation = "h = exp(dt A) h + dt x Bᵀ,  A diagonal per channel"
     no_decay = ("A_log", "D", "dt_proj.bias")
+    full_precision = ("dt_proj",)
+    int8_at_least = ("x_proj",)
 
     @dataclass(frozen=True, kw_only=True)
     class Config(base.Config):

@@ -86,6 +86,10 @@ class Mamba2(base.Mixer):
         with torch.no_grad():
             self.out_proj.weight /= math.sqrt(depth.total)
 
+    def step_outputs(self) -> dict[str, int]:
+        """dt, the last of what ``in_proj`` gives."""
+        return {"in_proj": self.n_heads}
+
     def init_state(self, batch: int) -> State:
         """Zeros: no inputs yet, no memory."""
         cfg, (mixed, _, width) = self.cfg, self.conv1d.weight.shape

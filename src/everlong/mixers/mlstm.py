@@ -60,6 +60,8 @@ class MLSTM(base.Mixer):
         memory: Tensor  # [B H K V+1] fp32, C and n, both divided by exp(m)
         m: Tensor  # [B H] fp32
 
+    full_precision = ("gates",)
+
     def __init__(self, cfg: Config, d_model: int, depth: base.Depth = base.Depth()) -> None:
         super().__init__(cfg, d_model, depth)
         inner = 64 * math.ceil(cfg.expand * d_model / 64)

@@ -58,7 +58,7 @@ class Session:
 
 def new_session(model: LanguageModel, batch: int = 1) -> Session:
     """An empty session, of the shapes of ``model``; what ``state.load`` needs as ``like``."""
-    weight = model.embedding.weight
+    weight = model.norm.weight
     logits = torch.zeros(batch, model.cfg.vocab_size, dtype=weight.dtype, device=weight.device)
     return Session(state=model.init_state(batch), logits=logits)
 
@@ -108,7 +108,7 @@ class generate(Iterator[int]):
         piece: int = 2048,
     ) -> None:
         self.model, self.sampling, self.left, self.stop_ids = model, sampling, max_tokens, set(stop_ids)
-        device = model.embedding.weight.device
+        device = model.norm.weight.device
         tokens = _ids(prompt).to(device)[None]
         if session is not None:
             states.check_like(session, new_session(model, 0), 1, "session")

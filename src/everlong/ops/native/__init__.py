@@ -24,29 +24,35 @@ BUILDS = ("avx512bf16", "avx512", "avx2", "portable")
 FOLDER = Path(__file__).parent
 
 
-def _load() -> ctypes.CDLL | str:
-    """The kernels for this machine, or the reason why there are none."""
+def _load() -> tuple[ctypes.CDLL | str, str | None]:
+    """The kernels for this machine, or the reason why there are none; and the name of the build."""
     wanted = os.environ.get("EVERLONG_NATIVE")
     if wanted == "off":
-        return "switched off by EVERLONG_NATIVE=off"
+        return "switched off by EVERLONG_NATIVE=off", None
     if wanted and wanted not in BUILDS:
-        return f"EVERLONG_NATIVE={wanted} names no build ({', '.join(BUILDS)}, off)"
+        return f"EVERLONG_NATIVE={wanted} names no build ({', '.join(BUILDS)}, off)", None
     for build in [wanted] if wanted else supported():
         path = FOLDER / f"_{build}.so"
         if path.exists():
             _share_openmp()
-            return ctypes.CDLL(str(path))
+            return ctypes.CDLL(str(path)), build
     missing = "no kernels were built; install with a C++ compiler (g++ or clang++) present"
     warnings.warn(f"everlong runs on its PyTorch forms, which are slower: {missing}, or from a wheel", stacklevel=2)
-    return missing
+    return missing, None
 
 
 def supported() -> list[str]:
     """The builds that this machine can run, fastest first."""
     best = {"AVX512": 1, "AVX2": 2}.get(torch.backends.cpu.get_cpu_capability(), 3)
-    if best == 1 and torch.cpu._is_vnni_supported() and torch.cpu._is_avx512_bf16_supported():
+    if best == 1 and cpu_has("vnni") and cpu_has("avx512_bf16"):
         best = 0
     return list(BUILDS[best:])
+
+
+def cpu_has(feature: str) -> bool:
+    """Whether PyTorch finds this feature of the CPU: "vnni", "avx512_bf16", "amx_tile"; no where it cannot tell."""
+    check = getattr(torch.cpu, f"_is_{feature}_supported", None)
+    return bool(check and check())
 
 
 def _share_openmp() -> None:
@@ -57,7 +63,7 @@ def _share_openmp() -> None:
     ctypes.CDLL(loaded[0] if loaded else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
 
 
-_LIBRARY = _load()
+_LIBRARY, BUILD = _load()
 MISSING = _LIBRARY if isinstance(_LIBRARY, str) else None  # why there are no kernels, or None
 
 

@@ -1,4 +1,4 @@
-"""Products of a few rows with weights in fp32, bf16, int8 or int4: packing, the native product, the PyTorch form.
+"""Products of a few rows with weights in fp32, bf16, int8 or int4: packing, the native product, its PyTorch form.
 
 A matrix [out, in] becomes a ``Packed``. Integers lie as ``product.h`` says: 16 outputs side by side, four inputs of
 each in 32 bits, inputs padded to a multiple of 32 and outputs to one of 16.
@@ -13,12 +13,13 @@ from torch import Tensor
 
 from ...config import suggest
 from ..record import leaf
-from . import MISSING, call, count
+from . import BUILD, MISSING, call, count, cpu_has
 
 FORMATS = ("fp32", "bf16", "int8", "int4")  # the order is that of Weights in product.h
 LANES, GROUP = 16, 32
-MAX_ROWS = 64  # of a native product; for more, unpacked rows and PyTorch's product are faster
+MAX_ROWS = 64  # of one call of the kernel
 MAX_IN = 65536  # inputs, so that sums of 8-bit products stay below 2^31
+TILES = cpu_has("amx_tile")
 CANDIDATES = torch.linspace(0.75, 1.2, 16)  # scales tried for an int4 group, as shares of max / 8
 
 
@@ -96,44 +97,101 @@ def _pack4(weight: Tensor) -> tuple[Tensor, Tensor]:
     return low | (high << 4), scales.contiguous().bfloat16()
 
 
+def empty(out: int, width: int, format: str) -> Packed:
+    """A ``Packed`` of the right shapes, its values undefined; on the default device (a meta one included)."""
+    kind = FORMATS.index(check_format(format))
+    if kind < 2:
+        return Packed(torch.empty(out, width, dtype=torch.bfloat16 if kind else torch.float32), None, out, width)
+    blocks, groups = -(-out // LANES), -(-width // GROUP)
+    if kind == 2:
+        weight, scale = torch.empty(blocks, groups * 8, LANES, 4, dtype=torch.uint8), torch.empty(blocks * LANES)
+    else:
+        weight = torch.empty(blocks, groups, 4, LANES, 4, dtype=torch.uint8)
+        scale = torch.empty(blocks, groups, LANES, dtype=torch.bfloat16)
+    return Packed(weight, scale, out, width)
+
+
 @leaf
 def unpack(packed: Packed, rows: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The matrix [out in], or its ``rows`` (int64 [...]), as fp32 or bf16: [... in]."""
-    weight, scale, out, width = packed
-    if MISSING is None and weight.device.type == "cpu" and not torch.compiler.is_compiling():
-        ids = None if rows is None else rows.reshape(-1).contiguous()
-        count_ = out if ids is None else ids.numel()
-        result = torch.empty(count_, width, dtype=dtype)
-        arguments = (ids, count_, int(dtype == torch.bfloat16), result, torch.get_num_threads())
-        call("ev_product_unpack", packed.kind, out, width, weight, scale, *arguments)
-        return result if rows is None else result.view(*rows.shape, width)
-    whole = unpack_torch(packed)
-    return (whole if rows is None else whole[rows]).to(dtype)
+    """The matrix [out in], or its ``rows`` (int64 [...]), as fp32 or bf16: [... in].
+
+    ``IndexError`` for rows outside the matrix, on a CPU.
+    """
+    half = dtype == torch.bfloat16
+    if rows is None:
+        return _unpack(packed.weight, packed.scale, packed.out, packed.width, None, half)
+    flat = rows.reshape(-1).to(torch.int64).contiguous()
+    return _unpack(packed.weight, packed.scale, packed.out, packed.width, flat, half).view(*rows.shape, packed.width)
 
 
-def unpack_torch(packed: Packed) -> Tensor:
-    """The whole matrix [out in] in fp32, in plain PyTorch."""
+@torch.library.custom_op("everlong::unpack", mutates_args=())
+def _unpack(weight: Tensor, scale: Tensor | None, out: int, width: int, rows: Tensor | None, half: bool) -> Tensor:
+    packed, dtype = Packed(weight, scale, out, width), torch.bfloat16 if half else torch.float32
+    if weight.device.type == "cpu" and rows is not None and rows.numel():
+        low, high = (int(end) for end in rows.aminmax())
+        if low < 0 or high >= out:
+            raise IndexError(f"rows {low} to {high} of a matrix with {out}")
+    if MISSING is not None or weight.device.type != "cpu":
+        return unpack_torch(packed, rows).to(dtype, copy=True)
+    result = torch.empty(out if rows is None else len(rows), width, dtype=dtype)
+    call(
+        "ev_product_unpack",
+        packed.kind,
+        out,
+        width,
+        weight,
+        scale,
+        rows,
+        len(result),
+        int(half),
+        result,
+        torch.get_num_threads(),
+    )
+    return result
+
+
+@_unpack.register_fake
+def _(weight: Tensor, scale: Tensor | None, out: int, width: int, rows: Tensor | None, half: bool) -> Tensor:
+    dtype = torch.bfloat16 if half else torch.float32
+    return weight.new_empty(out if rows is None else rows.shape[0], width, dtype=dtype)
+
+
+def unpack_torch(packed: Packed, rows: Tensor | None = None) -> Tensor:
+    """The matrix [out in], or its ``rows`` (int64 [N]), in fp32, in plain PyTorch."""
     weight, scale, out, width = packed
+    if rows is None:
+        rows = torch.arange(out, device=weight.device)
     if scale is None:
-        return weight.float()
+        return weight[rows].float()
+    block, lane = rows // LANES, rows % LANES
     if packed.kind == 2:
-        values = (weight.float() - 128).transpose(1, 2).flatten(2) * scale.view(-1, LANES, 1)
-        return values.flatten(0, 1)[:out, :width]
-    halves = torch.stack([weight & 15, weight >> 4], dim=3).float() - 8  # [out/16 in/32 4 2 16 4]
-    values = halves.permute(0, 4, 1, 2, 3, 5).flatten(3) * scale.float().transpose(1, 2)[..., None]
-    return values.flatten(0, 1).flatten(1)[:out, :width]
+        values = weight[block, :, lane].flatten(1).float() - 128
+        return (values * scale[rows][:, None])[:, :width]
+    bytes = weight[block, :, :, lane]  # [N in/32 4 4]
+    values = torch.stack([bytes & 15, bytes >> 4], dim=3).flatten(2).float() - 8
+    return (values * scale[block, :, lane].float()[..., None]).flatten(1)[:, :width]
+
+
+def native_rows(packed: Packed) -> int:
+    """How many rows of x at most go through the kernel on this machine.
+
+    64, since for more the time is that of the products, not of reading the weights, and PyTorch's bf16 products
+    are as good or better. Where the kernel has 8-bit dot products and PyTorch no tiles (AMX), integers have no limit.
+    """
+    unlimited = packed.kind > 1 and BUILD == "avx512bf16" and not TILES
+    return 2**62 if unlimited else MAX_ROWS
 
 
 @leaf
 def product(x: Tensor, packed: Packed) -> Tensor:
     """x [... in] times the matrix: y [... out] of x's dtype, with sums in fp32.
 
-    At most 64 rows of x on a CPU go through the kernel, each with the same result in any batch; more go through
-    bf16 products (fp32 ones for fp32 weights), as all do where there is no kernel.
+    Up to ``native_rows`` rows of x on a CPU go through the kernel, each with the same result in any batch; more go
+    through bf16 products (fp32 ones for fp32 weights), as all do where there is no kernel. Forward only.
     """
     weight, scale, out, width = packed
     flat = x.reshape(-1, width)
-    if flat.shape[0] <= MAX_ROWS and MISSING is None and x.device.type == "cpu":
+    if MISSING is None and x.device.type == "cpu" and flat.shape[0] <= native_rows(packed):
         return _product(flat.float().contiguous(), weight, scale, out).to(x.dtype).view(*x.shape[:-1], out)
     wide = torch.bfloat16 if packed.kind else torch.float32
     return torch.nn.functional.linear(x.to(wide), unpack(packed, dtype=wide)).to(x.dtype)
@@ -144,8 +202,21 @@ def _product(x: Tensor, weight: Tensor, scale: Tensor | None, out: int) -> Tenso
     rows, width = x.shape
     kind = Packed(weight, scale, out, width).kind
     y = x.new_empty(rows, out)
-    scratch = torch.empty(count("ev_product_scratch", kind, out, width, rows), dtype=torch.uint8)
-    call("ev_product", kind, out, width, weight, scale, rows, x, scratch, y, torch.get_num_threads())
+    piece = torch.empty(count("ev_product_scratch", kind, out, width, min(rows, MAX_ROWS)), dtype=torch.uint8)
+    for part, into in zip(x.split(MAX_ROWS), y.split(MAX_ROWS), strict=True):
+        call(
+            "ev_product",
+            kind,
+            out,
+            width,
+            weight,
+            scale,
+            len(part),
+            part,
+            piece,
+            into,
+            torch.get_num_threads(),
+        )
     return y
 
 

@@ -1,5 +1,5 @@
 // Vectors of W floats for the instruction set this file is compiled for, and the few functions kernels need.
-// The same source is built three times (AVX-512, AVX2, portable); GCC and Clang vector extensions do the rest.
+// The same source is built once per instruction set (AVX-512, AVX2, portable); GCC and Clang vector extensions do the rest.
 #pragma once
 #include <cmath>
 #include <cstdint>
