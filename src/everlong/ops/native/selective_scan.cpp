@@ -13,6 +13,10 @@ namespace {
 
 constexpr int CHUNK = 32;  // tokens between two kept states
 
+constexpr int AHEAD = 16;  // tokens between a prefetch and its use: neighbours in time lie a whole row apart
+
+inline void fetch(const void *p) { __builtin_prefetch(p); }  // harmless beyond the end
+
 struct Shape {
   int64_t batch, time, channels, keys;
 };
@@ -28,6 +32,13 @@ inline void gather(const float *rows, int64_t keys, int lanes, vf *out) {
 inline void scatter(float *rows, int64_t keys, int lanes, const vf *in) {
   for (int64_t k = 0; k < keys; k++)
     for (int i = 0; i < lanes; i++) rows[i * keys + k] = in[k][i];
+}
+
+// Where the states before token t are kept: [batch, chunks, blocks of channels, K, lanes], as the vectors lie.
+template <class P>
+P *kept_at(P *kept, const Shape s, int64_t b, int64_t t, int64_t c) {
+  const int64_t chunks = (s.time + CHUNK - 1) / CHUNK, padded = (s.channels + 15) / 16 * 16;
+  return kept + ((b * chunks + t / CHUNK) * padded + c) * s.keys;
 }
 
 // The steps of one token; `steep` (where there is a bias) is how they change with what was given.
@@ -48,10 +59,10 @@ void forward_block(const Shape s, int64_t b, int64_t c, const T *x, const T *dt,
   for (int64_t k = 0; k < K; k++) a[k] *= LOG2E;
   gather(state + (b * s.channels + c) * K, K, lanes, h);
   const vf skip = D ? load(D + c, lanes) : vf{};
-  const int64_t chunks = (s.time + CHUNK - 1) / CHUNK;
   for (int64_t t = 0; t < s.time; t++) {
-    const int64_t at = b * s.time + t;
-    if (kept && t % CHUNK == 0) scatter(kept + ((b * chunks + t / CHUNK) * s.channels + c) * K, K, lanes, h);
+    const int64_t at = b * s.time + t, soon = (at + AHEAD) * s.channels + c;
+    fetch(x + soon), fetch(dt + soon);
+    if (kept && t % CHUNK == 0) std::memcpy(kept_at(kept, s, b, t, c), h, K * sizeof(vf));
     if (starts && starts[at])
       for (int64_t k = 0; k < K; k++) h[k] = vf{};
     const vf step = steps.of(load(dt + at * s.channels + c, lanes), c, lanes), in = load(x + at * s.channels + c, lanes);
@@ -76,11 +87,15 @@ void forward(const Shape s, const T *x, const T *dt, const Steps steps, const fl
       forward_block<T, FIXED>(s, b, i * W, x, dt, steps, A, B, C, D, state, starts, y, final_state, kept);
 }
 
+constexpr int GROUP = 4;  // states done together in the backward pass: their chunk stays in the first cache
+
 // Working memory of one task of the backward pass.
 struct Work {
-  std::vector<vf> lambda, gA, gD, h, e, gB, gC;
+  std::vector<vf> A, lambda, gA, gD, gB, gC;
+  vf step[CHUNK], in[CHUNK], given[CHUNK], g[CHUNK], g_push[CHUNK], g_step[CHUNK];
+  vf h[(CHUNK + 1) * GROUP], e[CHUNK * GROUP];
   Work(int64_t blocks, int64_t K)
-      : lambda(blocks * K), gA(blocks * K), gD(blocks), h((CHUNK + 1) * K), e(CHUNK * K), gB(CHUNK * K), gC(CHUNK * K) {}
+      : A(blocks * K), lambda(blocks * K), gA(blocks * K), gD(blocks), gB(CHUNK * K), gC(CHUNK * K) {}
 };
 
 template <class T>
@@ -92,62 +107,84 @@ struct Backward {
   const uint8_t *starts;
   float *gx, *gdt, *gA, *gB, *gC, *gD, *gstate;  // gA [B C K], gD [B C], gB and gC [groups B T K]: summed by the caller
 
-  // One chunk of time of one block of channels, backwards.
-  template <int FIXED>
-  void chunk(int64_t b, int64_t c, int64_t begin, int64_t end, vf *lambda, vf *gA_sum, vf &gD_sum, Work &work) const {
-    constexpr int MAX = FIXED ? FIXED : 256;
-    const int64_t K = FIXED ? FIXED : s.keys, N = s.channels;
-    const int lanes = int(N - c < W ? N - c : W);
-    const int64_t chunks = (s.time + CHUNK - 1) / CHUNK;
-    vf a[MAX];
-    gather(A + c * K, K, lanes, a);
-    vf *h = work.h.data(), *e = work.e.data();
-    gather(kept + ((b * chunks + begin / CHUNK) * N + c) * K, K, lanes, h);
-    for (int64_t t = begin; t < end; t++) {
-      const int64_t at = b * s.time + t, i = t - begin;
-      const vf step = steps.of(load(dt + at * N + c, lanes), c, lanes), push = step * load(x + at * N + c, lanes);
-      const bool first = starts && starts[at];
-      for (int64_t k = 0; k < K; k++) {
-        e[i * K + k] = first ? vf{} : exp2_decay(step * a[k] * LOG2E);
-        h[(i + 1) * K + k] = e[i * K + k] * h[i * K + k] + push * B[at * K + k];
+  // States k to k + G of one chunk of time of one block of channels: forwards once more, then backwards.
+  template <int G>
+  void states(int64_t at, int64_t length, int64_t k, const vf *kept_h, const vf *a, vf *lambda, vf *gA_sum, Work &w) const {
+    vf h[G], scaled[G];
+    for (int j = 0; j < G; j++) w.h[j] = h[j] = kept_h[j], scaled[j] = a[j] * LOG2E;
+    for (int64_t i = 0; i < length; i++) {
+      const vf push = w.step[i] * w.in[i];
+      const float keep = starts && starts[at + i] ? 0.0f : 1.0f, *b = B + (at + i) * s.keys + k;
+#pragma GCC unroll 4
+      for (int j = 0; j < G; j++) {
+        w.e[i * G + j] = keep * exp2_decay(w.step[i] * scaled[j]);
+        w.h[(i + 1) * G + j] = h[j] = w.e[i * G + j] * h[j] + push * b[j];
       }
     }
-    const vf skip = D ? load(D + c, lanes) : vf{};
-    for (int64_t t = end - 1; t >= begin; t--) {
-      const int64_t at = b * s.time + t, i = t - begin;
-      const vf given = load(dt + at * N + c, lanes), step = steps.of(given, c, lanes);
-      const vf in = load(x + at * N + c, lanes), g = load(gy + at * N + c, lanes);
-      const vf push = step * in;
-      vf g_push{}, g_step{};
-      for (int64_t k = 0; k < K; k++) {
-        work.gC[i * K + k] += g * h[(i + 1) * K + k];
-        const vf l = lambda[k] + g * C[at * K + k];
-        work.gB[i * K + k] += l * push;
-        g_push += l * B[at * K + k];
-        lambda[k] = l * e[i * K + k];
-        const vf p = lambda[k] * h[i * K + k];
-        g_step += p * a[k];
-        gA_sum[k] += p * step;
+    vf l[G], gA_here[G];
+    for (int j = 0; j < G; j++) l[j] = lambda[j], gA_here[j] = gA_sum[j];
+    for (int64_t i = length - 1; i >= 0; i--) {
+      const vf step = w.step[i], push = step * w.in[i], g = w.g[i];
+      const float *b = B + (at + i) * s.keys + k, *c = C + (at + i) * s.keys + k;
+      vf *gB_here = &w.gB[i * s.keys + k], *gC_here = &w.gC[i * s.keys + k], g_push = w.g_push[i], g_step = w.g_step[i];
+#pragma GCC unroll 4
+      for (int j = 0; j < G; j++) {
+        gC_here[j] += g * w.h[(i + 1) * G + j];
+        l[j] += g * c[j];
+        gB_here[j] += l[j] * push;
+        g_push += l[j] * b[j];
+        l[j] *= w.e[i * G + j];
+        const vf p = l[j] * w.h[i * G + j];
+        g_step += p * a[j];
+        gA_here[j] += p * step;
       }
-      gD_sum += g * in;
-      store(gx + at * N + c, step * g_push + skip * g, lanes);
-      store(gdt + at * N + c, (in * g_push + g_step) * steps.steep(given, c, lanes), lanes);
+      w.g_push[i] = g_push, w.g_step[i] = g_step;
+    }
+    for (int j = 0; j < G; j++) lambda[j] = l[j], gA_sum[j] = gA_here[j];
+  }
+
+  // One chunk of time of one block of channels, backwards.
+  void chunk(int64_t b, int64_t c, int64_t begin, int64_t end, const vf *a, vf *lambda, vf *gA_sum, vf &gD_sum,
+             Work &w) const {
+    const int64_t K = s.keys, N = s.channels, at = b * s.time + begin, length = end - begin;
+    const int lanes = int(N - c < W ? N - c : W);
+    vf before[256];
+    std::memcpy(before, kept_at(kept, s, b, begin, c), K * sizeof(vf));
+    for (int64_t i = 0; i < length; i++) {
+      const int64_t from = (at + i) * N + c;
+      fetch(x + from + W), fetch(dt + from + W), fetch(gy + from + W);  // of the next block
+      w.given[i] = load(dt + from, lanes), w.step[i] = steps.of(w.given[i], c, lanes);
+      w.in[i] = load(x + from, lanes), w.g[i] = load(gy + from, lanes);
+      w.g_push[i] = w.g_step[i] = vf{};
+    }
+    int64_t k = 0;
+    for (; k + GROUP <= K; k += GROUP) states<GROUP>(at, length, k, before + k, a + k, lambda + k, gA_sum + k, w);
+    for (; k < K; k++) states<1>(at, length, k, before + k, a + k, lambda + k, gA_sum + k, w);
+    const vf skip = D ? load(D + c, lanes) : vf{};
+    for (int64_t i = 0; i < length; i++) {
+      const int64_t to = (at + i) * N + c;
+      fetch(gx + to + W), fetch(gdt + to + W);
+      gD_sum += w.g[i] * w.in[i];
+      store(gx + to, w.step[i] * w.g_push[i] + skip * w.g[i], lanes);
+      store(gdt + to, (w.in[i] * w.g_push[i] + w.g_step[i]) * steps.steep(w.given[i], c, lanes), lanes);
     }
   }
 
-  template <int FIXED>
   void task(int64_t b, int64_t group, int64_t first, int64_t last) const {
-    const int64_t K = FIXED ? FIXED : s.keys, N = s.channels;
+    const int64_t K = s.keys, N = s.channels;
     Work work(last - first, K);
-    for (int64_t j = first; j < last; j++)
-      gather(gfinal + (b * N + j * W) * K, K, int(N - j * W < W ? N - j * W : W), &work.lambda[(j - first) * K]);
+    for (int64_t j = first; j < last; j++) {
+      const int lanes = int(N - j * W < W ? N - j * W : W);
+      gather(gfinal + (b * N + j * W) * K, K, lanes, &work.lambda[(j - first) * K]);
+      gather(A + j * W * K, K, lanes, &work.A[(j - first) * K]);
+    }
     for (int64_t begin = (s.time - 1) / CHUNK * CHUNK; begin >= 0; begin -= CHUNK) {
       const int64_t end = begin + CHUNK < s.time ? begin + CHUNK : s.time;
       for (auto &v : work.gB) v = vf{};
       for (auto &v : work.gC) v = vf{};
       for (int64_t j = first; j < last; j++) {
         const int64_t own = j - first;
-        chunk<FIXED>(b, j * W, begin, end, &work.lambda[own * K], &work.gA[own * K], work.gD[own], work);
+        chunk(b, j * W, begin, end, &work.A[own * K], &work.lambda[own * K], &work.gA[own * K], work.gD[own], work);
       }
       const int64_t base = ((group * s.batch + b) * s.time + begin) * K;
       for (int64_t i = 0; i < (end - begin) * K; i++) {
@@ -169,10 +206,7 @@ struct Backward {
     for (int64_t b = 0; b < s.batch; b++)
       for (int64_t group = 0; group < groups; group++) {
         const int64_t first = blocks * group / groups, last = blocks * (group + 1) / groups;
-        if (s.keys == 16)
-          task<16>(b, group, first, last);
-        else
-          task<0>(b, group, first, last);
+        task(b, group, first, last);
       }
   }
 };

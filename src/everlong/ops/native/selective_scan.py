@@ -23,6 +23,12 @@ def _flat(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.to(dtype).contiguous()
 
 
+def _kept_shape(x: Tensor, A: Tensor, keep: bool) -> tuple[int, ...]:
+    """States kept for the backward pass, in the kernel's own order; room for whole vectors of channels."""
+    batch, time, channels = x.shape
+    return (batch, -(-time // CHUNK) if keep else 0, -(-channels // 16) * 16, A.shape[1])
+
+
 @torch.library.custom_op("everlong::selective_scan_native", mutates_args=(), device_types="cpu")
 def _forward(
     x: Tensor,
@@ -39,7 +45,7 @@ def _forward(
     """y, final state, and the states at every 32nd token (none unless ``keep``)."""
     (batch, time, channels), keys = x.shape, A.shape[1]
     y, final = torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(state)
-    kept = state.new_empty(batch, -(-time // CHUNK) if keep else 0, channels, keys)
+    kept = state.new_empty(_kept_shape(x, A, keep))
     call(
         "ev_selective_scan",
         int(x.dtype == torch.bfloat16),
@@ -77,8 +83,7 @@ def _(
     starts: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    chunks = -(-x.shape[1] // CHUNK) if keep else 0
-    return torch.empty_like(x), torch.empty_like(state), state.new_empty(x.shape[0], chunks, *A.shape)
+    return torch.empty_like(x), torch.empty_like(state), state.new_empty(_kept_shape(x, A, keep))
 
 
 @torch.library.custom_op("everlong::selective_scan_native_backward", mutates_args=(), device_types="cpu")
