@@ -1,13 +1,15 @@
 """Models with int8 and int4 weights: close to full precision, the same laws, saved and loaded bit-equal."""
 
 import copy
+import sys
 
 import pytest
 import torch
 from torch import nn
 
 import everlong
-from everlong import laws, numerics, state
+from everlong import cli, laws, numerics, state
+from everlong.checkpoints.stream import continue_text
 from everlong.config import find, mixer_names
 from everlong.mixers import base
 from everlong.models.blocks import MLP, Layer, SwiGLU
@@ -171,6 +173,19 @@ def test_a_bf16_folder_is_quantised_with_the_rest_in_fp32(format, tmp_path):
     model = everlong.load(tmp_path, weights=format)
     assert model.layers[0].mixer.conv1d.weight.dtype == torch.float32
     assert model(torch.tensor([[1, 2]]))[0].dtype == torch.float32
+
+
+def test_generating_with_weights_of_your_choice(format, tmp_path, capsys, monkeypatch):
+    layer = Layer.Config(mixer=find("mamba2").Config())
+    everlong.save(LanguageModel.Config(vocab_size=256, d_model=64, layers=(layer,)).build(), tmp_path)
+    command = ["generate", str(tmp_path), "def ", "--max-tokens", "4", "--temperature", "0", "--weights", format]
+    monkeypatch.setattr(sys, "argv", ["everlong", *command])
+    with pytest.raises(SystemExit):
+        cli.main()
+    text = "".join(
+        continue_text(tmp_path, "def ", max_tokens=4, sampling=everlong.Sampling(temperature=0), weights=format)
+    )
+    assert capsys.readouterr().out == f"def {text}\n"
 
 
 def test_combinations_that_are_refused(tmp_path):
