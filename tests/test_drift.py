@@ -11,8 +11,10 @@ import pytest
 
 from everlong.compare import drift
 from everlong.compare.settings import Settings
+from everlong.ops import native
 from everlong.train.data import Corpus
 
+pytestmark = pytest.mark.skipif(native.MISSING is not None, reason=f"no kernels: {native.MISSING}")
 BOUNDS = {"int8": 0.005, "int4": 0.03}
 SETTINGS = Settings(params=150_000, tokens=40_000, context=128, held_out=0.1)
 
