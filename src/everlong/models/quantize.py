@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..mixers import base
 from ..ops.native import MISSING
-from ..ops.native.product import GROUP, MAX_IN, check_format
+from ..ops.native.product import MAX_IN, check_format
 from .lm import LanguageModel
 from .packed import PackedEmbedding, PackedLinear
 
@@ -81,8 +81,7 @@ def places(model: LanguageModel, format: str) -> Iterator[Place]:
 
 
 def _fits(linear: nn.Linear) -> bool:
-    width, out = linear.in_features, linear.out_features
-    return LEAST <= width <= MAX_IN and width % GROUP == 0 and out >= LEAST
+    return LEAST <= linear.in_features <= MAX_IN and linear.out_features >= LEAST
 
 
 def _named(name: str, names: tuple[str, ...]) -> bool:
