@@ -9,10 +9,12 @@ import typing
 
 import pytest
 
-from everlong.compare import drift
+from everlong.compare import drift, products
 from everlong.compare.settings import Settings
+from everlong.ops import native
 from everlong.train.data import Corpus
 
+pytestmark = pytest.mark.skipif(native.MISSING is not None, reason=f"no kernels: {native.MISSING}")
 BOUNDS = {"int8": 0.005, "int4": 0.03}
 SETTINGS = Settings(params=150_000, tokens=40_000, context=128, held_out=0.1)
 
@@ -38,3 +40,13 @@ def test_the_command_prints_tables(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "| model | fp32 | bf16: error of logits, size | int8: error of logits, size |"
     assert lines[2].startswith("| tiny | 0 M | ") and lines[2].count("|") == 5
+
+
+def test_products_are_measured(monkeypatch, capsys):
+    for name, value in (("SHAPES", ((96, 64),)), ("BYTES", 1e5), ("SECONDS", 0.0)):
+        monkeypatch.setattr(products, name, value)
+    monkeypatch.setattr(sys, "argv", ["products", "--threads", "1"])
+    products.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[1] for line in lines[2:]] == ["torch fp32", "torch bf16", "fp32", "bf16", "int8", "int4"]
+    assert all(float(cell) > 0 for line in lines[2:] for cell in line.strip("| ").split(" | ")[2:])

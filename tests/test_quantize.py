@@ -1,13 +1,17 @@
 """Models with int8 and int4 weights: close to full precision, the same laws, saved and loaded bit-equal."""
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
 
 import everlong
-from everlong import laws, numerics, state
+from everlong import cli, laws, numerics, state
+from everlong.checkpoints.stream import continue_text
 from everlong.config import find, mixer_names
 from everlong.mixers import base
 from everlong.models.blocks import MLP, Layer, SwiGLU
@@ -15,7 +19,9 @@ from everlong.models.channel_mix import ChannelMix
 from everlong.models.lm import LanguageModel
 from everlong.models.packed import PackedEmbedding, PackedLinear
 from everlong.models.quantize import places, quantized
+from everlong.ops import native
 
+pytestmark = pytest.mark.skipif(native.MISSING is not None, reason=f"no kernels: {native.MISSING}")
 QUANTISED = ("int8", "int4")
 ERROR = {"int8": 2e-3, "int4": 0.15}  # of logits, from the rounding of x alone
 
@@ -171,6 +177,35 @@ def test_a_bf16_folder_is_quantised_with_the_rest_in_fp32(format, tmp_path):
     model = everlong.load(tmp_path, weights=format)
     assert model.layers[0].mixer.conv1d.weight.dtype == torch.float32
     assert model(torch.tensor([[1, 2]]))[0].dtype == torch.float32
+
+
+def test_generating_with_weights_of_your_choice(format, tmp_path, capsys, monkeypatch):
+    layer = Layer.Config(mixer=find("mamba2").Config())
+    everlong.save(LanguageModel.Config(vocab_size=256, d_model=64, layers=(layer,)).build(), tmp_path)
+    command = ["generate", str(tmp_path), "def ", "--max-tokens", "4", "--temperature", "0", "--weights", format]
+    monkeypatch.setattr(sys, "argv", ["everlong", *command])
+    with pytest.raises(SystemExit):
+        cli.main()
+    text = "".join(
+        continue_text(tmp_path, "def ", max_tokens=4, sampling=everlong.Sampling(temperature=0), weights=format)
+    )
+    assert capsys.readouterr().out == f"def {text}\n"
+
+
+def test_without_kernels_the_result_is_the_same_and_a_warning_says_so(format, tmp_path):
+    torch.manual_seed(0)
+    model, tokens = small(), torch.tensor([[3, 1, 4, 1, 5]])
+    everlong.save(model, tmp_path)
+    code = (
+        "import sys, torch, everlong; model = everlong.load(sys.argv[1], weights=sys.argv[2]);"
+        "torch.save(model(torch.tensor([[3, 1, 4, 1, 5]]))[0], sys.argv[1] + '/logits.pt')"
+    )
+    env = {**os.environ, "EVERLONG_NATIVE": "off"}
+    command = [sys.executable, "-c", code, str(tmp_path), format]
+    out = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+    assert f"{format} weights save memory but no time here: switched off" in out.stderr
+    with torch.no_grad():
+        numerics.assert_close(torch.load(tmp_path / "logits.pt"), quantized(model, format)(tokens)[0], "torch", 0.05)
 
 
 def test_combinations_that_are_refused(tmp_path):

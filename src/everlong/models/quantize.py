@@ -8,6 +8,7 @@ and an embedding that is not the head.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..mixers import base
-from ..ops.native.product import GROUP, MAX_IN, check_format
+from ..ops.native import MISSING
+from ..ops.native.product import MAX_IN, check_format
 from .lm import LanguageModel
 from .packed import PackedEmbedding, PackedLinear
 
@@ -79,8 +81,7 @@ def places(model: LanguageModel, format: str) -> Iterator[Place]:
 
 
 def _fits(linear: nn.Linear) -> bool:
-    width, out = linear.in_features, linear.out_features
-    return LEAST <= width <= MAX_IN and width % GROUP == 0 and out >= LEAST
+    return LEAST <= linear.in_features <= MAX_IN and linear.out_features >= LEAST
 
 
 def _named(name: str, names: tuple[str, ...]) -> bool:
@@ -94,6 +95,8 @@ def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _replace(model: LanguageModel, format: str, make: Callable[[Place], PackedLinear]) -> None:
     model.weights = format
+    if MISSING is not None:
+        warnings.warn(f"{format} weights save memory but no time here: {MISSING}", RuntimeWarning, stacklevel=3)
     for place in list(places(model, format)):
         parent, _, name = place.path.rpartition(".")
         setattr(model.get_submodule(parent), name, make(place))

@@ -20,6 +20,7 @@ LANES, GROUP = 16, 32
 MAX_ROWS = 64  # of one call of the kernel
 MAX_IN = 65536  # inputs, so that sums of 8-bit products stay below 2^31
 TILES = cpu_has("amx_tile")
+WIDE = torch.bfloat16 if cpu_has("avx512_bf16") else torch.float32  # of products in PyTorch on a CPU
 CANDIDATES = torch.linspace(0.75, 1.2, 16)  # scales tried for an int4 group, as shares of max / 8
 
 
@@ -175,8 +176,8 @@ def unpack_torch(packed: Packed, rows: Tensor | None = None) -> Tensor:
 def native_rows(packed: Packed) -> int:
     """How many rows of x at most go through the kernel on this machine.
 
-    64, since for more the time is that of the products, not of reading the weights, and PyTorch's bf16 products
-    are as good or better. Where the kernel has 8-bit dot products and PyTorch no tiles (AMX), integers have no limit.
+    64, since for more the time is that of the products, not of reading the weights, and PyTorch's are as good or
+    better. Where the kernel has 8-bit dot products and PyTorch no tiles (AMX), integers have no limit.
     """
     unlimited = packed.kind > 1 and BUILD == "avx512bf16" and not TILES
     return 2**62 if unlimited else MAX_ROWS
@@ -187,23 +188,25 @@ def product(x: Tensor, packed: Packed) -> Tensor:
     """x [... in] times the matrix: y [... out] of x's dtype, with sums in fp32.
 
     Up to ``native_rows`` rows of x on a CPU go through the kernel, each with the same result in any batch; more go
-    through bf16 products (fp32 ones for fp32 weights), as all do where there is no kernel. Forward only.
+    through products of unpacked weights in bf16 (in fp32 for fp32 weights, and on CPUs without products in bf16), as
+    all do where there is no kernel. Forward only.
     """
     weight, scale, out, width = packed
     flat = x.reshape(-1, width)
     if MISSING is None and x.device.type == "cpu" and flat.shape[0] <= native_rows(packed):
-        return _product(flat.float().contiguous(), weight, scale, out).to(x.dtype).view(*x.shape[:-1], out)
-    wide = torch.bfloat16 if packed.kind else torch.float32
+        run = _multiply if type(x) is Tensor and not torch.compiler.is_compiling() else _product  # the op costs 8 us
+        return run(flat.float().contiguous(), weight, scale, out).to(x.dtype).view(*x.shape[:-1], out)
+    wide = torch.float32 if packed.kind == 0 else WIDE if x.device.type == "cpu" else torch.bfloat16
     return torch.nn.functional.linear(x.to(wide), unpack(packed, dtype=wide)).to(x.dtype)
 
 
-@torch.library.custom_op("everlong::product", mutates_args=(), device_types="cpu")
-def _product(x: Tensor, weight: Tensor, scale: Tensor | None, out: int) -> Tensor:
+def _multiply(x: Tensor, weight: Tensor, scale: Tensor | None, out: int) -> Tensor:
     rows, width = x.shape
     kind = Packed(weight, scale, out, width).kind
     y = x.new_empty(rows, out)
-    piece = torch.empty(count("ev_product_scratch", kind, out, width, min(rows, MAX_ROWS)), dtype=torch.uint8)
-    for part, into in zip(x.split(MAX_ROWS), y.split(MAX_ROWS), strict=True):
+    scratch = torch.empty(count("ev_product_scratch", kind, out, width, min(rows, MAX_ROWS)), dtype=torch.uint8)
+    pieces = [(x, y)] if rows <= MAX_ROWS else zip(x.split(MAX_ROWS), y.split(MAX_ROWS), strict=True)
+    for part, into in pieces:
         call(
             "ev_product",
             kind,
@@ -213,11 +216,14 @@ def _product(x: Tensor, weight: Tensor, scale: Tensor | None, out: int) -> Tenso
             scale,
             len(part),
             part,
-            piece,
+            scratch,
             into,
             torch.get_num_threads(),
         )
     return y
+
+
+_product = torch.library.custom_op("everlong::product", _multiply, mutates_args=(), device_types="cpu")
 
 
 @_product.register_fake
