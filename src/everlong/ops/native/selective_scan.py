@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import call, refusal
+from .prepare import common_dtype, flat, wants_gradient
 
 CHUNK = 32  # tokens between two states kept for the backward pass, as in selective_scan.cpp
 
@@ -17,10 +18,6 @@ def refuse(**inputs: Any) -> str | None:
     if inputs["A"].shape[1] > 256:
         return f"the kernel keeps at most 256 states a channel, got {inputs['A'].shape[1]}"
     return refusal(inputs)
-
-
-def _flat(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if x is None else x.to(dtype).contiguous()
 
 
 @torch.library.custom_op("everlong::selective_scan_native", mutates_args=(), device_types="cpu")
@@ -173,11 +170,7 @@ def selective_scan_native(
 ) -> tuple[Tensor, Tensor]:
     """The kernel, forward and backward. Inputs in bf16 are read as they are where all four are; state is fp32."""
     inputs = (x, dt, B, C)
-    dtype = torch.bfloat16 if all(i.dtype == torch.bfloat16 for i in inputs) else torch.float32
-    tracked = (*inputs, A, state) if D is None else (*inputs, A, state, D)
-    keep = torch.is_grad_enabled() and any(i.requires_grad for i in tracked)
-    fixed = (_flat(A, torch.float32), _flat(D, torch.float32), _flat(state, torch.float32))
-    y, final, _ = _forward(
-        *(i.to(dtype).contiguous() for i in inputs), *fixed, None if starts is None else starts.contiguous(), keep
-    )
+    dtype, keep = common_dtype(*inputs), wants_gradient(*inputs, A, D, state)
+    fixed = (flat(A), flat(D), flat(state), None if starts is None else starts.contiguous())
+    y, final, _ = _forward(*(i.to(dtype).contiguous() for i in inputs), *fixed, keep)
     return y.to(x.dtype), final
