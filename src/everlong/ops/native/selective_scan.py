@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import call, refusal
+from .prepare import common_dtype, flat, wants_gradient
 
 CHUNK = 32  # tokens between two states kept for the backward pass, as in selective_scan.cpp
 
@@ -17,10 +18,6 @@ def refuse(**inputs: Any) -> str | None:
     if inputs["A"].shape[1] > 256:
         return f"the kernel keeps at most 256 states a channel, got {inputs['A'].shape[1]}"
     return refusal(inputs)
-
-
-def _flat(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if x is None else x.to(dtype).contiguous()
 
 
 def _kept_shape(x: Tensor, A: Tensor, keep: bool) -> tuple[int, ...]:
@@ -185,10 +182,8 @@ def selective_scan_native(
     starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The kernel, forward and backward. x and dt are read in bf16 where both are; everything else is fp32."""
-    dtype = torch.bfloat16 if x.dtype == dt.dtype == torch.bfloat16 else torch.float32
-    tracked = (x, dt, B, C, A, D, dt_bias, state)
-    keep = torch.is_grad_enabled() and any(i is not None and i.requires_grad for i in tracked)
+    dtype, keep = common_dtype(x, dt), wants_gradient(x, dt, B, C, A, D, dt_bias, state)
+    fixed = [flat(i) for i in (B, C, dt_bias, A, D, state)]
     tokens = [i.to(dtype).contiguous() for i in (x, dt)]
-    fixed = [_flat(i, torch.float32) for i in (B, C, dt_bias, A, D, state)]
     y, final, _ = _forward(*tokens, *fixed, None if starts is None else starts.contiguous(), keep)
     return y.to(x.dtype), final
