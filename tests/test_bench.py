@@ -3,13 +3,17 @@
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 from importlib import util
+from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from everlong import cli
 from everlong.bench import checks, claims, clock, counts, engines, memory, models, ops, peers, results, run, training
 from everlong.bench.limits import Limits
 from everlong.bench.plan import models_plan, ops_plan
@@ -19,6 +23,7 @@ from everlong.models.channel_mix import ChannelMix
 from everlong.models.lm import LanguageModel
 from everlong.ops.cases import CASES, TIMED, Case
 from everlong.ops.dispatch import Impl
+from everlong.report import bench as report
 
 FAST = clock.Pace(seconds=60.0, least=2, most=2)
 GOOSE = Norm.Config(style="layer")
@@ -303,7 +308,7 @@ class TestModels:
         assert made == results.load(tmp_path) == json.loads(json.dumps(made))
         assert made["complete"] and not made["failed"] and {row["status"] for row in made["rows"]} == {"timed"}
         assert {row["measure"] for row in made["rows"]} == set(models.MEASURES)
-        assert seen[-1][0] == seen[-1][1] == len(models.stages(plan, limits))
+        assert seen[-1][0] == seen[-1][1] == len(models.stages(models.Stand(plan), limits))
         for row in made["rows"]:
             if row["engine"] == "everlong" and row["measure"] in ("prefill", "decode"):
                 assert set(row["ratios"]) == {"copy fp32"} and row["ratios"]["copy fp32"]["rounds"] == 2
@@ -522,3 +527,23 @@ def test_errors_on_the_command_line_are_one_line(tmp_path):
     )
     assert out.returncode == 2 and out.stderr.strip() == "error: no preset 'mamba130'; did you mean 'mamba-130m'?"
     assert not list(tmp_path.iterdir())
+
+
+SCRIPTS = sorted((Path(__file__).parent.parent / "runs").glob("*.sh"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_of_the_figures(script, monkeypatch):
+    """Each stops at an error, says what it measures, and gives commands that the command line takes."""
+    lines = script.read_text().replace("\\\n", "").splitlines()
+    assert lines[0] == "#!/usr/bin/env bash" and lines[1].startswith("# ") and "set -e" in lines
+    monkeypatch.setattr("everlong.bench.plan.check_peers", lambda names: names)
+    asked = []
+    monkeypatch.setattr(report, "bench", lambda kind, plan, terms: asked.append((kind, plan, terms)) or True)
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("everlong ")]
+    for command in commands:
+        done = CliRunner().invoke(cli.app, command)
+        assert done.exit_code == 0, (done.output, done.exception)
+    assert len(asked) == len(commands) or "startup" in lines[-1]
+    assert all(str(terms.out).startswith("runs/bench/") for _, _, terms in asked)
+    assert script.stat().st_mode & 0o111

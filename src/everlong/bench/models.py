@@ -68,10 +68,9 @@ def chosen_measures(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(names or MEASURES)
 
 
-def stages(plan: ModelsPlan, limits: Limits) -> list[Stage]:
+def stages(stand: Stand, limits: Limits) -> list[Stage]:
     """The work, model by model and format by format; each model is built and checked when its first stage begins."""
-    stand = Stand(plan)
-    found: list[Stage] = []
+    plan, found = stand.plan, []
 
     def add(label: str, work: Callable[..., list[Row]], *args: Any) -> None:
         found.append(Stage(label, partial(work, *args)))
@@ -90,12 +89,11 @@ def stages(plan: ModelsPlan, limits: Limits) -> list[Stage]:
         add("training", training.throughput, plan.training, plan.against, plan.pace)
     if "loss" in plan.measures:
         add("loss over a large vocabulary", memory.loss_rows)
-    add("tidying up", stand.close)
     return found
 
 
 class Stand:
-    """Holds the engines of one model and format at a time."""
+    """Holds the engines of one model and format at a time; a context manager that closes them."""
 
     def __init__(self, plan: ModelsPlan) -> None:
         self.plan = plan
@@ -121,12 +119,17 @@ class Stand:
         """See ``batches``."""
         return batches(self.at(name, weights))
 
-    def close(self) -> list[Row]:
-        """Give back the engines; no rows."""
+    def close(self) -> None:
+        """Give back the engines."""
         if self._rig is not None:
             self._rig.close()
         self._rig = None
-        return []
+
+    def __enter__(self) -> Stand:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 class Rig:
@@ -137,7 +140,7 @@ class Rig:
         self.model = randomized(cfg)
         self.engines: dict[str, Engine] = {}
         self.errors: dict[str, float] = {}
-        self.speed: dict[str, float] = {}  # tokens read per second, as the check saw it
+        self.speed: dict[str, float] = {}  # tokens of a short prompt read per second
         self.failures: list[Row] = []
         self._add("everlong", weights, partial(Everlong, self.model, weights))
         most = max([*plan.lengths, *plan.contexts, checks.PROMPT]) + 64 + plan.steps * (plan.pace.most + 1)
@@ -153,13 +156,14 @@ class Rig:
         except Unavailable as error:
             self._fail(title, weights, "unavailable", str(error))
             return
-        began = time.perf_counter()
         verdict = checks.check_engine(engine, self.tokens(1, checks.PROMPT + checks.MORE))
         if verdict.reason is not None:
             self._fail(title, weights, "mismatch", verdict.reason, verdict.error)
             engine.close()
             return
         self.engines[engine.label], self.errors[engine.label] = engine, verdict.error
+        began = time.perf_counter()
+        engine.read(self.tokens(1, checks.PROMPT))
         self.speed[engine.label] = checks.PROMPT / (time.perf_counter() - began)
 
     def _fail(self, engine: str, weights: str, status: str, reason: str, error: float | None = None) -> None:

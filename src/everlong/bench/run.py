@@ -62,7 +62,8 @@ def run_models(plan: ModelsPlan, terms: Terms, watch: Watch) -> Results:
         f"{plan.training.batch} x {plan.training.context} bytes",
         **_timing(plan.pace, terms),
     }
-    return _run("models", lambda limits: models.stages(plan, limits), settings, terms, watch)
+    with models.Stand(plan) as stand:
+        return _run("models", partial(models.stages, stand), settings, terms, watch)
 
 
 def _timing(pace: clock.Pace, terms: Terms) -> dict[str, Any]:
