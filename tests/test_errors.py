@@ -15,6 +15,7 @@ from everlong.models.blocks import Layer, SwiGLU
 from everlong.models.generate import new_session
 from everlong.models.lm import LanguageModel
 from everlong.ops.linear_attention import linear_attention
+from everlong.ops.short_conv import short_conv
 from everlong.tokenizer import ByteTokenizer
 
 
@@ -80,6 +81,8 @@ def test_wrong_shapes_and_dtypes(model):
     with pytest.raises(ValueError, match=r"k has shape \[1, 5, 2, 4\], .* with K = 8 \(from q\), got K = 4"):
         q = torch.randn(1, 5, 2, 8)
         linear_attention(q, q[..., :4], q)
+    with pytest.raises(ValueError, match="no activation 'sulu' here, expected None or 'silu'; did you mean 'silu'"):
+        short_conv(torch.randn(1, 5, 2), weight=torch.randn(2, 4), activation="sulu")
     with pytest.raises(ValueError, match=r"starts has shape \[2, 5\], expected \[B T\] = \[2, 12\]"):
         model(TOKENS, starts=torch.zeros(2, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match="starts has dtype torch.int64, expected torch.bool"):

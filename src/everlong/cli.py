@@ -87,6 +87,10 @@ def generate(
         Path | None,
         typer.Option(help="Go on from the session in this file, if it exists, and save it there at the end."),
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Weights in fp32, bf16, int8 or int4; fewer bits are faster.", show_default="as saved"),
+    ] = None,
 ) -> None:
     """Continue a text, streaming.
 
@@ -102,7 +106,9 @@ def generate(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed
     )
     text = sys.stdin.read() if prompt == "-" else prompt
-    pieces = continue_text(model, text, max_tokens=max_tokens, sampling=sampling, stop=stop or (), session=session)
+    pieces = continue_text(
+        model, text, max_tokens=max_tokens, sampling=sampling, stop=stop or (), session=session, weights=weights
+    )
     print(text, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)

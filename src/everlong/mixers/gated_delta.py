@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from ..ops.common import unit
 from ..ops.delta_rule import delta_rule, delta_rule_step, gated
+from ..ops.linear import Linear
 from ..ops.short_conv import short_conv, short_conv_step
 from ..shapes import state_dtype
 from ..state import state
@@ -50,6 +51,8 @@ class GatedDelta(base.Mixer):
         conv: Tensor  # [B W-1 C] of q, k and v
         memory: Tensor  # [B H K V] fp32
 
+    full_precision = ("beta_proj", "decay_proj")
+
     def __init__(self, cfg: Config, d_model: int, depth: base.Depth = base.Depth()) -> None:
         super().__init__(cfg, d_model, depth)
         keys, values = int(cfg.expand_k * d_model), int(cfg.expand_v * d_model)
@@ -57,15 +60,15 @@ class GatedDelta(base.Mixer):
         self.head_k, self.head_v = base.split_heads(keys, self.key_heads), base.split_heads(values, cfg.n_heads)
         self.shared = base.split_heads(cfg.n_heads, self.key_heads)  # value heads that share one q and k
         self.widths = [keys, keys, values]
-        self.qkv_proj = nn.Linear(d_model, sum(self.widths), bias=False)
+        self.qkv_proj = Linear(d_model, sum(self.widths), bias=False)
         self.conv = nn.Conv1d(sum(self.widths), sum(self.widths), cfg.conv_width, groups=sum(self.widths), bias=False)
-        self.beta_proj = nn.Linear(d_model, cfg.n_heads, bias=False)
-        self.decay_proj = nn.Linear(d_model, cfg.n_heads, bias=False)
+        self.beta_proj = Linear(d_model, cfg.n_heads, bias=False)
+        self.decay_proj = Linear(d_model, cfg.n_heads, bias=False)
         self.A_log = nn.Parameter(torch.empty(cfg.n_heads).uniform_(1e-3, 16.0).log())
         self.dt_bias = nn.Parameter(_dt_bias(cfg))
-        self.gate_proj = nn.Linear(d_model, values, bias=False)
+        self.gate_proj = Linear(d_model, values, bias=False)
         self.norm = nn.RMSNorm(self.head_v, eps=cfg.norm_eps)
-        self.out_proj = nn.Linear(values, d_model, bias=False)
+        self.out_proj = Linear(values, d_model, bias=False)
 
     def init_state(self, batch: int) -> State:
         """No memory: zeros."""
@@ -74,9 +77,12 @@ class GatedDelta(base.Mixer):
             memory=torch.zeros(batch, self.cfg.n_heads, self.head_k, self.head_v, **self.memory_factory),
         )
 
+    def _filter(self) -> dict[str, Any]:
+        return {"weight": self.conv.weight[:, 0], "activation": "silu"}
+
     def _rule(self, mixed: Tensor, x: Tensor) -> dict[str, Any]:
         """Inputs of the gated delta rule, [... H K] or [... H V], from the convolved q, k, v and x."""
-        q, k, v = F.silu(mixed).split(self.widths, dim=-1)
+        q, k, v = mixed.split(self.widths, dim=-1)
         q, k = (unit(part.unflatten(-1, (self.key_heads, -1))) for part in (q, k))
         if self.shared > 1:
             q, k = (part.repeat_interleave(self.shared, dim=-2) for part in (q, k))
@@ -92,21 +98,20 @@ class GatedDelta(base.Mixer):
     def forward(self, x: Tensor, state: Any = None, *, starts: Tensor | None = None) -> tuple[Tensor, State]:
         """x [B T D] -> y [B T D], state."""
         before = self.begin(x, state, starts)
-        weight = self.conv.weight.squeeze(1)
-        mixed, conv = short_conv(self.qkv_proj(x), weight=weight, state=before.conv, starts=starts)
+        mixed, conv = short_conv(self.qkv_proj(x), **self._filter(), state=before.conv, starts=starts)
         y, memory = delta_rule(**self._rule(mixed, x), state=before.memory, starts=starts)
         return self._finish(y, x), self.State(conv=conv, memory=memory)
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """x [B D] -> y [B D], state."""
         before = self.begin(x, state)
-        mixed, conv = short_conv_step(self.qkv_proj(x), weight=self.conv.weight.squeeze(1), state=before.conv)
+        mixed, conv = short_conv_step(self.qkv_proj(x), **self._filter(), state=before.conv)
         y, memory = delta_rule_step(**self._rule(mixed, x), state=before.memory)
         return self._finish(y, x), self.State(conv=conv, memory=memory)
 
     def mixing(self, x: Tensor) -> base.Mixing:
         """See ``base.Mixer.mixing``; one matrix per value head."""
-        mixed, _ = short_conv(self.qkv_proj(x), weight=self.conv.weight.squeeze(1))
+        mixed, _ = short_conv(self.qkv_proj(x), **self._filter())
         rule = self._rule(mixed, x)
         eye = base.identity_values(*rule["v"].shape[:3], like=rule["v"])
         matrix, _ = delta_rule(**{**rule, "v": eye})

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.common import log_sigmoid
+from ..ops.linear import Linear
 from ..ops.linear_attention import linear_attention, linear_attention_step
 from ..ops.max_plus_scan import max_plus_scan, max_plus_scan_step
 from ..ops.short_conv import short_conv, short_conv_step
@@ -59,6 +60,8 @@ class MLSTM(base.Mixer):
         memory: Tensor  # [B H K V+1] fp32, C and n, both divided by exp(m)
         m: Tensor  # [B H] fp32
 
+    full_precision = ("gates",)
+
     def __init__(self, cfg: Config, d_model: int, depth: base.Depth = base.Depth()) -> None:
         super().__init__(cfg, d_model, depth)
         inner = 64 * math.ceil(cfg.expand * d_model / 64)
@@ -66,13 +69,13 @@ class MLSTM(base.Mixer):
         if cfg.block < 1 or inner % cfg.block:
             raise ValueError(f"inner width {inner} cannot be split into blocks of {cfg.block}; choose a power of two")
         blocks = (inner // cfg.block, cfg.block, cfg.block)
-        self.up_proj = nn.Linear(d_model, 2 * inner, bias=False)
+        self.up_proj = Linear(d_model, 2 * inner, bias=False)
         self.conv = nn.Conv1d(inner, inner, cfg.conv_width, groups=inner)
         self.q_weight, self.k_weight, self.v_weight = (nn.Parameter(torch.empty(blocks)) for _ in range(3))
-        self.gates = nn.Linear(3 * inner, 2 * cfg.n_heads)  # i~ of all heads, then f~
+        self.gates = Linear(3 * inner, 2 * cfg.n_heads)  # i~ of all heads, then f~
         self.norm_weight = nn.Parameter(torch.ones(inner))
         self.skip = nn.Parameter(torch.ones(inner))
-        self.down_proj = nn.Linear(inner, d_model, bias=False)
+        self.down_proj = Linear(inner, d_model, bias=False)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -96,7 +99,7 @@ class MLSTM(base.Mixer):
 
     @property
     def _taps(self) -> dict[str, Any]:
-        return {"weight": self.conv.weight[:, 0], "bias": self.conv.bias}
+        return {"weight": self.conv.weight[:, 0], "bias": self.conv.bias, "activation": "silu"}
 
     def _project(self, u: Tensor, mixed: Tensor) -> Parts:
         """The cell's inputs from the widened input u and its convolved branch, both [... C]."""
@@ -141,7 +144,6 @@ class MLSTM(base.Mixer):
         before = self.begin(x, state, starts)
         u, z = self.up_proj(x).chunk(2, dim=-1)
         mixed, conv = short_conv(u, **self._taps, state=before.conv, starts=starts)
-        mixed = F.silu(mixed)
         h, memory, m = self._cell(self._project(u, mixed), before.memory, before.m, starts)
         return self._finish(h, mixed, z), self.State(conv=conv, memory=memory, m=m)
 
@@ -150,7 +152,6 @@ class MLSTM(base.Mixer):
         before = self.begin(x, state)
         u, z = self.up_proj(x).chunk(2, dim=-1)
         mixed, conv = short_conv_step(u, **self._taps, state=before.conv)
-        mixed = F.silu(mixed)
         q, k, v, i, f = self._project(u, mixed)
         last = before.m.detach()
         m, _ = max_plus_scan_step(i.detach(), f.detach(), state=last)
@@ -162,7 +163,7 @@ class MLSTM(base.Mixer):
         """See ``base.Mixer.mixing``; one matrix per head, divided by the normaliser."""
         before = self.begin(x, None, None)
         u, _ = self.up_proj(x).chunk(2, dim=-1)
-        parts = self._project(u, F.silu(short_conv(u, **self._taps, state=before.conv)[0]))
+        parts = self._project(u, short_conv(u, **self._taps, state=before.conv)[0])
         eye = base.identity_values(*parts.v.shape[:3], like=parts.v)
         empty = before.memory.new_zeros(*before.memory.shape[:3], eye.shape[-1] + 1)
         matrix, _, _ = self._cell(parts._replace(v=eye), empty, before.m, None)

@@ -74,7 +74,7 @@ class SLSTM(base.Mixer):
 
     @property
     def _taps(self) -> dict[str, Any]:
-        return {"weight": self.conv.weight[:, 0], "bias": self.conv.bias}
+        return {"weight": self.conv.weight[:, 0], "bias": self.conv.bias, "activation": "silu"}
 
     def _project(self, x: Tensor, mixed: Tensor) -> Tensor:
         """Pre-activations [... H 4 K] without the recurrent part, from x and its convolved branch."""
@@ -90,7 +90,7 @@ class SLSTM(base.Mixer):
         """x [B T D] -> y [B T D], state."""
         before = self.begin(x, state, starts)
         mixed, conv = short_conv(x, **self._taps, state=before.conv, starts=starts)
-        pre = self._project(x, F.silu(mixed))
+        pre = self._project(x, mixed)
         h, cell = slstm_scan(pre, recurrent=self.recurrent, state=before.cell, starts=starts)
         return self._finish(h), self.State(conv=conv, cell=cell)
 
@@ -98,5 +98,5 @@ class SLSTM(base.Mixer):
         """x [B D] -> y [B D], state."""
         before = self.begin(x, state)
         mixed, conv = short_conv_step(x, **self._taps, state=before.conv)
-        h, cell = slstm_scan_step(self._project(x, F.silu(mixed)), recurrent=self.recurrent, state=before.cell)
+        h, cell = slstm_scan_step(self._project(x, mixed), recurrent=self.recurrent, state=before.cell)
         return self._finish(h), self.State(conv=conv, cell=cell)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from .. import config
 from ..config import suggest
 from ..mixers import base
+from ..ops.linear import Linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -122,8 +123,8 @@ class SwiGLU(FeedForward):
     def __init__(self, cfg: Config, d_model: int, depth: base.Depth = base.Depth()) -> None:
         super().__init__(cfg, d_model, depth)
         hidden = _hidden(cfg, d_model)
-        self.in_proj = nn.Linear(d_model, 2 * hidden, bias=cfg.bias)  # gate, then value
-        self.out_proj = nn.Linear(hidden, d_model, bias=cfg.bias)
+        self.in_proj = Linear(d_model, 2 * hidden, bias=cfg.bias)  # gate, then value
+        self.out_proj = Linear(hidden, d_model, bias=cfg.bias)
         _initialise(self.in_proj, self.out_proj, depth)
 
     def transform(self, x: Tensor) -> Tensor:
@@ -150,8 +151,8 @@ class MLP(FeedForward):
     def __init__(self, cfg: Config, d_model: int, depth: base.Depth = base.Depth()) -> None:
         super().__init__(cfg, d_model, depth)
         hidden = _hidden(cfg, d_model)
-        self.in_proj = nn.Linear(d_model, hidden, bias=cfg.bias)
-        self.out_proj = nn.Linear(hidden, d_model, bias=cfg.bias)
+        self.in_proj = Linear(d_model, hidden, bias=cfg.bias)
+        self.out_proj = Linear(hidden, d_model, bias=cfg.bias)
         _initialise(self.in_proj, self.out_proj, depth)
 
     def transform(self, x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from ..shapes import check_starts, dims, state_dtype
 from . import dispatch
 from .cases import Case
 from .common import loop
+from .native.diagonal_scan import diagonal_scan_native, refuse
 
 SEQUENCE = ("b", "g")
 CHUNKS = range(12, 25)  # lengths of a chunk to choose from; the fewest left-over tokens win
@@ -174,6 +175,7 @@ def _totals(b: Tensor, decay: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
 
 
 TABLE = (
+    dispatch.Impl("native", diagonal_scan_native, refuse),
     dispatch.Impl("torch", diagonal_scan_chunk),
     dispatch.Impl("reference", diagonal_scan_reference),
 )

@@ -20,11 +20,13 @@ from .cases import Case
 from .common import chunk_size, heads_first, heads_last, loop, suffix_sum
 from .decay import decayed
 from .key_decay import decay_pairs
+from .record import leaf
 
 SEQUENCE = ("q", "k", "v", "g")
 CHUNK = 64
 
 
+@leaf
 def linear_attention_step(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, *, bonus: Tensor | None = None, state: Tensor
 ) -> tuple[Tensor, Tensor]:

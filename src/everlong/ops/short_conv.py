@@ -1,7 +1,8 @@
-"""Short causal depthwise convolution:  y_t = bias + sum_{j=0}^{W-1} weight[:, W-1-j] x_{t-j}   per channel.
+"""Short causal depthwise convolution:  y_t = act(bias + sum_{j=0}^{W-1} weight[:, W-1-j] x_{t-j})   per channel.
 
-``weight [C W]`` is laid out as ``torch.nn.Conv1d`` stores it (last column = current token), so published
-weights load as they are. The state is the last W-1 inputs, ``[B W-1 C]``, oldest first, zeros before the text.
+``act`` is SiLU or, with ``activation=None``, nothing. ``weight [C W]`` is laid out as ``torch.nn.Conv1d`` stores it
+(last column = current token), so published weights load as they are. The state is the last W-1 inputs, ``[B W-1 C]``,
+oldest first, zeros before the text.
 Used by Mamba, Mamba-2, DeltaNet, Griffin, xLSTM, Hyena (width 3 or 4).
 """
 
@@ -11,47 +12,96 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from ..config import suggest
 from ..shapes import check_starts, dims
 from . import dispatch
 from .cases import Case
 from .common import loop
+from .native import short_conv as native
+from .record import leaf
 
 SEQUENCE = ("x",)
-WIDTH = 4
 TILE = 1 << 17  # numbers of one tile of rows
 
 
-def short_conv_step(x: Tensor, *, weight: Tensor, bias: Tensor | None = None, state: Tensor) -> tuple[Tensor, Tensor]:
+@leaf
+def short_conv_step(
+    x: Tensor, *, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, state: Tensor
+) -> tuple[Tensor, Tensor]:
     """One token, the definition. x [B C], weight [C W], bias [C], state [B W-1 C] -> y [B C], state."""
     window = torch.cat([state, x.to(state.dtype)[:, None]], dim=1)
     y = torch.einsum("bwc,cw->bc", window, weight.to(state.dtype))
     if bias is not None:
         y = y + bias.to(state.dtype)
-    return y.to(x.dtype), window[:, 1:]
+    return _act(y.to(x.dtype), activation), window[:, 1:]
+
+
+def _act(y: Tensor, activation: str | None) -> Tensor:
+    return y if activation is None else F.silu(y)
 
 
 def short_conv_reference(
-    x: Tensor, *, weight: Tensor, bias: Tensor | None = None, state: Tensor, starts: Tensor | None = None
+    x: Tensor,
+    *,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    state: Tensor,
+    starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loop over ``short_conv_step``."""
-    return loop(short_conv_step, {"x": x}, weight=weight, bias=bias, state=state, starts=starts)
+    fixed: dict[str, Any] = {"weight": weight, "bias": bias, "activation": activation}
+    return loop(short_conv_step, {"x": x}, **fixed, state=state, starts=starts)
 
 
 def short_conv_chunk(
-    x: Tensor, *, weight: Tensor, bias: Tensor | None = None, state: Tensor, starts: Tensor | None = None
+    x: Tensor,
+    *,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    state: Tensor,
+    starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """All tokens at once: W shifted products, each masked where it would reach into an earlier document."""
     length, width, dtype = x.shape[1], weight.shape[1], state.dtype
-    padded = torch.cat([state, x.to(dtype)], dim=1)
-    last, same = padded[:, length:].clone(), None  # a view would keep all inputs in memory
+    padded, same = torch.cat([state, x.to(dtype)], dim=1), None
     if starts is not None:
-        before = starts.new_zeros(len(x), width - 1).long()
-        document = torch.cat([before, starts.long().cumsum(1)], dim=1)
+        document = _documents(starts, width)
         same = torch.stack([document[:, j : j + length] == document[:, width - 1 :] for j in range(width)])
-        last = last * (document[:, length:] == document[:, -1:])[..., None]
     y = _convolve(padded, weight.to(dtype), None if bias is None else bias.to(dtype), same)
-    return y.to(x.dtype), last
+    return _act(y.to(x.dtype), activation), _last(x, state, starts)
+
+
+def short_conv_native(
+    x: Tensor,
+    *,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    state: Tensor,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One pass over memory, summed in fp32; the backward pass keeps nothing but the inputs."""
+    return native.convolve(x, weight, bias, state, starts, activation), _last(x, state, starts)
+
+
+def _documents(starts: Tensor, width: int) -> Tensor:
+    """The number of the document of each input, those of the state included.  [B W-1+T]"""
+    before = starts.new_zeros(len(starts), width - 1).long()
+    return torch.cat([before, starts.long().cumsum(1)], dim=1)
+
+
+def _last(x: Tensor, state: Tensor, starts: Tensor | None) -> Tensor:
+    """The last W-1 inputs, zero where they are of an earlier document; a copy, as a view would keep all of x alive."""
+    length, kept = x.shape[1], state.shape[1]
+    last = torch.cat([state[:, length:], x[:, max(length - kept, 0) :].to(state.dtype)], dim=1)
+    if starts is None:
+        return last
+    document = _documents(starts, kept + 1)
+    return last * (document[:, length:] == document[:, -1:])[..., None]
 
 
 def _tiles(x: Tensor) -> list[slice]:
@@ -110,6 +160,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _convolve.register_autograd(_backward, setup_context=_save)
 
 TABLE = (
+    dispatch.Impl("native", short_conv_native, native.refuse),
     dispatch.Impl("torch", short_conv_chunk),
     dispatch.Impl("reference", short_conv_reference),
 )
@@ -120,28 +171,38 @@ def short_conv(
     *,
     weight: Tensor,
     bias: Tensor | None = None,
+    activation: str | None = None,
     state: Tensor | None = None,
     starts: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Short causal depthwise convolution (see the module for the equation).
 
-    x [B T C], weight [C W], bias [C], state [B W-1 C] (the last W-1 inputs), starts bool [B T].
-    Returns y [B T C] in the dtype of x, and the state. ``ValueError`` for shapes that do not fit.
+    x [B T C], weight [C W], bias [C], ``activation`` None or "silu", state [B W-1 C] (the last W-1 inputs),
+    starts bool [B T]. Returns y [B T C] in the dtype of x, and the state. ``ValueError`` for shapes that do not fit
+    and activations that there are not.
     """
     batch, time, channels, width = dims("x B T C, weight C W, bias C", x, weight, bias)
     check_starts(starts, batch, time)
     if state is None:
         state = x.new_zeros(batch, width - 1, channels)
     dims(f"x B T C, state B {width - 1} C", x, state)
-    return dispatch.run(TABLE, dict(x=x, weight=weight, bias=bias, state=state, starts=starts), backend)
+    if activation not in (None, "silu"):
+        raise ValueError(f"no activation {activation!r} here, expected None or 'silu'{suggest(activation, ['silu'])}")
+    inputs = dict(x=x, weight=weight, bias=bias, activation=activation, state=state, starts=starts)
+    return dispatch.run(TABLE, inputs, backend)
 
 
-def inputs(case: Case) -> dict[str, Tensor | None]:
-    """Random inputs for tests and benchmarks: ``keys * heads`` channels, with and without bias."""
-    channels = case.heads * case.keys
-    bias = None if case.variant == "no bias" else case.randn(channels)
-    return dict(x=case.randn(case.batch, case.time, channels), weight=case.randn(channels, WIDTH), bias=bias)
+def inputs(case: Case) -> dict[str, Any]:
+    """Random inputs for tests and benchmarks: ``keys * heads`` channels; ``case.variant`` is one of VARIANTS."""
+    channels, variant = case.heads * case.keys, case.variant or ""
+    return dict(
+        x=case.randn(case.batch, case.time, channels),
+        weight=case.randn(channels, next((width for name, width in WIDTHS.items() if name in variant), 4)),
+        bias=None if "no bias" in variant else case.randn(channels),
+        activation="silu" if "silu" in variant else None,
+    )
 
 
-VARIANTS = ("bias", "no bias")
+WIDTHS = {"width 1": 1, "width 3": 3, "width 6": 6}  # and 4 where nothing is said
+VARIANTS = ("bias", "no bias", "silu", "silu, no bias, width 3", "silu, width 6", "width 1")

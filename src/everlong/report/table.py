@@ -59,7 +59,8 @@ def backends(mixer: type) -> list[str]:
     for value in vars(sys.modules[mixer.__module__]).values():
         for row in getattr(value, "__globals__", {}).get("TABLE", ()):
             names[row.name] = None
-    return list(names) or ["torch"]
+    slow = ("torch", "reference")
+    return sorted(names, key=lambda name: slow.index(name) + 1 if name in slow else 0) or ["torch"]
 
 
 def size(count: int) -> str:

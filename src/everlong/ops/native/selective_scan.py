@@ -29,6 +29,7 @@ def _forward(
     dt: Tensor,
     B: Tensor,
     C: Tensor,
+    dt_bias: Tensor | None,
     A: Tensor,
     D: Tensor | None,
     state: Tensor,
@@ -48,6 +49,7 @@ def _forward(
         keys,
         x,
         dt,
+        dt_bias,
         A,
         B,
         C,
@@ -68,6 +70,7 @@ def _(
     dt: Tensor,
     B: Tensor,
     C: Tensor,
+    dt_bias: Tensor | None,
     A: Tensor,
     D: Tensor | None,
     state: Tensor,
@@ -84,6 +87,7 @@ def _backward(
     dt: Tensor,
     B: Tensor,
     C: Tensor,
+    dt_bias: Tensor | None,
     A: Tensor,
     D: Tensor | None,
     kept: Tensor,
@@ -91,7 +95,7 @@ def _backward(
     gy: Tensor,
     gfinal: Tensor,
 ) -> list[Tensor]:
-    """Gradients of x, dt, B, C, A, D and the initial state, fp32."""
+    """Gradients of x, dt (as given), B, C, A, D and the initial state, fp32."""
     (batch, time, channels), keys = x.shape, A.shape[1]
     groups = max(1, min(torch.get_num_threads(), channels // 16))
     gx, gdt = (x.new_empty(x.shape, dtype=torch.float32) for _ in range(2))
@@ -106,6 +110,7 @@ def _backward(
         keys,
         x,
         dt,
+        dt_bias,
         A,
         B,
         C,
@@ -133,6 +138,7 @@ def _(
     dt: Tensor,
     B: Tensor,
     C: Tensor,
+    dt_bias: Tensor | None,
     A: Tensor,
     D: Tensor | None,
     kept: Tensor,
@@ -145,16 +151,17 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, dt, B, C, A, D, _, starts, _ = inputs
-    ctx.save_for_backward(x, dt, B, C, A, D, output[2], starts)
+    x, dt, B, C, dt_bias, A, D, _, starts, _ = inputs
+    ctx.save_for_backward(x, dt, B, C, dt_bias, A, D, output[2], starts)
 
 
 def _gradient(ctx: Any, gy: Tensor, gfinal: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    x, dt, B, C, A, D, kept, starts = ctx.saved_tensors
+    x, dt, B, C, dt_bias, A, D, kept, starts = ctx.saved_tensors
     gy = gy.to(x.dtype).contiguous()
-    gx, gdt, gB, gC, gA, gD, gstate = _backward(x, dt, B, C, A, D, kept, starts, gy, gfinal.contiguous())
+    gx, gdt, gB, gC, gA, gD, gstate = _backward(x, dt, B, C, dt_bias, A, D, kept, starts, gy, gfinal.contiguous())
+    gbias = None if dt_bias is None else gdt.sum((0, 1))
     half = x.dtype
-    return (gx.to(half), gdt.to(half), gB.to(half), gC.to(half), gA, None if D is None else gD, gstate, None, None)
+    return (gx.to(half), gdt.to(half), gB, gC, gbias, gA, None if D is None else gD, gstate, None, None)
 
 
 _forward.register_autograd(_gradient, setup_context=_setup)
@@ -168,16 +175,15 @@ def selective_scan_native(
     *,
     A: Tensor,
     D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
     state: Tensor,
     starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The kernel, forward and backward. Inputs in bf16 are read as they are where all four are; state is fp32."""
-    inputs = (x, dt, B, C)
-    dtype = torch.bfloat16 if all(i.dtype == torch.bfloat16 for i in inputs) else torch.float32
-    tracked = (*inputs, A, state) if D is None else (*inputs, A, state, D)
-    keep = torch.is_grad_enabled() and any(i.requires_grad for i in tracked)
-    fixed = (_flat(A, torch.float32), _flat(D, torch.float32), _flat(state, torch.float32))
-    y, final, _ = _forward(
-        *(i.to(dtype).contiguous() for i in inputs), *fixed, None if starts is None else starts.contiguous(), keep
-    )
+    """The kernel, forward and backward. x and dt are read in bf16 where both are; everything else is fp32."""
+    dtype = torch.bfloat16 if x.dtype == dt.dtype == torch.bfloat16 else torch.float32
+    tracked = (x, dt, B, C, A, D, dt_bias, state)
+    keep = torch.is_grad_enabled() and any(i is not None and i.requires_grad for i in tracked)
+    tokens = [i.to(dtype).contiguous() for i in (x, dt)]
+    fixed = [_flat(i, torch.float32) for i in (B, C, dt_bias, A, D, state)]
+    y, final, _ = _forward(*tokens, *fixed, None if starts is None else starts.contiguous(), keep)
     return y.to(x.dtype), final

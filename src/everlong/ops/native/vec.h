@@ -1,10 +1,12 @@
 // Vectors of W floats for the instruction set this file is compiled for, and the few functions kernels need.
-// The same source is built three times (AVX-512, AVX2, portable); GCC and Clang vector extensions do the rest.
+// The same source is built once per instruction set (AVX-512, AVX2, portable); GCC and Clang vector extensions do the rest.
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
 #if defined(__AVX512F__)
+#include <immintrin.h>
 #define EV_WIDTH 16
 #elif defined(__AVX2__)
 #define EV_WIDTH 8
@@ -57,8 +59,7 @@ inline vh to_bf16(vf v) {  // round to nearest even; NaN stays NaN
   vu u = (vu)v;
   vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   vu nan = (u >> 16) | 0x40u;
-  vu is_nan = (vu)(v != v);
-  return __builtin_convertvector((is_nan & nan) | (~is_nan & rounded), vh);
+  return __builtin_convertvector(v != v ? nan : rounded, vh);
 }
 inline void store(bf16 *p, vf v) {
   vh h = to_bf16(v);
@@ -81,7 +82,32 @@ inline void store(T *p, vf v, int n) {
   std::memcpy(p, full, n * sizeof(T));
 }
 
-inline vf select(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
+// Pairs of neighbouring lanes (real and imaginary parts): exchanged, the first twice, the second twice.
+typedef uint64_t vpair __attribute__((vector_size(4 * EV_WIDTH)));
+inline vf swapped(vf v) { return (vf)((vpair)v >> 32 | (vpair)v << 32); }
+inline vf firsts(vf v) { return (vf)((vpair)v << 32 | ((vpair)v & 0xffffffffu)); }
+inline vf seconds(vf v) { return (vf)((vpair)v >> 32 | ((vpair)v & ~uint64_t(0xffffffffu))); }
+// The first half of the lanes, each twice; and back, the first lane of each pair (the other half is zero).
+typedef uint32_t vhalf __attribute__((vector_size(2 * EV_WIDTH)));
+inline vf twice(vf v) {
+  vhalf half;
+  std::memcpy(&half, &v, sizeof half);
+  const vpair wide = __builtin_convertvector(half, vpair);
+  return (vf)(wide | wide << 32);
+}
+inline vf once(vf v) {
+  const vhalf half = __builtin_convertvector((vpair)v, vhalf);
+  vf out{};
+  std::memcpy(&out, &half, sizeof half);
+  return out;
+}
+inline vf alternating() {  // -1, 1, -1, 1, ...
+  vf v = splat(1.0f);
+  for (int i = 0; i < W; i += 2) v[i] = -1.0f;
+  return v;
+}
+
+inline vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
 
 inline float sum(vf v) {
   float total = 0;
@@ -89,23 +115,89 @@ inline float sum(vf v) {
   return total;
 }
 
+// exp(r) for |r| <= log(2) / 2, relative error below 1e-7; r^2 times a polynomial of degree 4, fitted, plus r + 1.
+inline vf exp_near_0(vf r) {
+  vf p = splat(1.38144e-3f);
+  p = p * r + 8.36875e-3f;
+  p = p * r + 4.166839e-2f;
+  p = p * r + 1.666652e-1f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  return p * r + 1.0f;
+}
+
 // exp(x), relative error below 2e-7 for -87 <= x <= 88; below that 0, above that exp(88); NaN stays NaN.
 inline vf exp(vf x) {
+#if defined(__AVX512F__)  // rounding to integers (8: to nearest) and scaling by powers of two are instructions
+  const __m512 y = _mm512_maskz_min_ps(-1, splat(88.0f), x);
+  const __m512 n = _mm512_maskz_roundscale_ps(-1, (vf)y * 1.44269504f, 8);
+  const vf p = exp_near_0((vf)y - (vf)n * 0.693145752f - (vf)n * 1.42860677e-6f);
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(y, splat(-87.3f), _CMP_NLT_UQ), p, n);
+#else
   vf low = splat(-87.3f), high = splat(88.0f);
   vi tiny = x < low;
   vf y = select(x > high, high, select(tiny, low, x));
   vf n = (y * 1.44269504f + 12582912.0f) - 12582912.0f;
-  vf r = y - n * 0.693145752f;
-  r = r - n * 1.42860677e-6f;
-  vf p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
+  vf p = exp_near_0(y - n * 0.693145752f - n * 1.42860677e-6f);
   vi scale = (__builtin_convertvector(n, vi) + 127) << 23;
   return select(tiny, vf{}, p * (vf)scale);
+#endif
+}
+
+// 1 / (1 + exp(-x)), relative error below 3e-7 for x >= -87, below that at most exp(-87).
+inline vf sigmoid(vf x) { return 1.0f / (1.0f + ev::exp(-x)); }
+
+// sin(x) and cos(x), absolute error below 2e-7 for |x| <= 8192; above that below 2e-7 + 2e-16 |x|.
+inline void sin_cos(vf x, vf &sine, vf &cosine) {
+  for (int i = 0; i < W; i++)
+    if (!(x[i] <= 8192.0f && x[i] >= -8192.0f)) x[i] = float(std::remainder(double(x[i]), 6.283185307179586));
+  const vf n = (x * 0.636619772f + 12582912.0f) - 12582912.0f;  // quarter turns
+  vf r = x - n * 1.5703125f;
+  r = r - n * 4.83751297e-4f;
+  r = r - n * 7.54979013e-8f;
+  const vf r2 = r * r;
+  const vf s = r + r * r2 * ((r2 * -1.9517e-4f + 8.33218e-3f) * r2 - 1.6666655e-1f);
+  const vf c = 1.0f - 0.5f * r2 + r2 * r2 * ((r2 * 2.44380909e-5f - 1.38873645e-3f) * r2 + 4.16666468e-2f);
+  const vi q = __builtin_convertvector(n, vi);
+  const vi odd = -(q & 1), half = q << 30, both = (q + 1) << 30;  // signs: of half turns, and for cos one quarter on
+  const vi sign = int32_t(1u << 31) + vi{};
+  sine = (vf)((vi)select(odd, c, s) ^ (half & sign));
+  cosine = (vf)((vi)select(odd, s, c) ^ (both & sign));
+}
+
+// log(1 + exp(x)), relative error below 3e-7 for x >= -87; below that 0. log(1 + e) = 2 artanh(e / (2 + e)).
+inline vf softplus(vf x) {
+  const vf e = ev::exp(select(x < 0.0f, x, -x));
+  const vf s = e / (2.0f + e), s2 = s * s;
+  vf p = splat(0.14012315f);
+  p = p * s2 + 0.13999554f;
+  p = p * s2 + 0.2001085f;
+  p = p * s2 + 0.33333207f;
+  return select(x > 0.0f, x, vf{}) + 2.0f * (s + s * s2 * p);
+}
+
+// 2^x for x <= 0, relative error below 2e-7 down to 2^-126, below that 0; NaN stays NaN. For decays, scaled by LOG2E.
+constexpr float LOG2E = 1.44269504f;
+inline vf exp2_decay(vf x) {
+#if defined(__AVX512F__)
+  const __m512 y = _mm512_maskz_max_ps(-1, splat(-160.0f), x), n = _mm512_maskz_roundscale_ps(-1, y, 8);
+  const vf r = (vf)y - (vf)n;
+#else
+  const vi tiny = x < -126.0f;
+  const vf y = select(tiny, vf{}, x), n = (y + 12582912.0f) - 12582912.0f, r = y - n;
+#endif
+  vf p = splat(1.32647e-3f);
+  p = p * r + 9.67151e-3f;
+  p = p * r + 5.550734e-2f;
+  p = p * r + 2.4022242e-1f;
+  p = p * r + 6.93147e-1f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return _mm512_maskz_scalef_ps(-1, p, n);
+#else
+  const vi scale = (__builtin_convertvector(n, vi) + 127) << 23;
+  return select(tiny, vf{}, p * (vf)scale);
+#endif
 }
 
 }  // namespace ev
