@@ -177,7 +177,7 @@ class TestOps:
 
 class TestEngines:
     @pytest.mark.parametrize("name", CONFIGS)
-    @pytest.mark.parametrize("weights", ["fp32", "bf16"])
+    @pytest.mark.parametrize("weights", ["fp32", "bf16", "int8", "int4"])
     def test_ours_equals_the_functional_forward(self, name, weights):
         engine = engines.Everlong(engines.randomized(CONFIGS[name]), weights)
         assert checks.check_engine(engine, tokens(2)).reason is None
@@ -192,11 +192,6 @@ class TestEngines:
         assert [(row["engine"], row["status"]) for row in rows] == [("everlong", "mismatch")] * 2
         assert "relative error 1.0e-02, allowed 2e-04" in rows[0]["reason"] and "seconds" not in rows[0]
 
-    def test_a_format_that_is_not_built_is_unavailable(self, monkeypatch):
-        monkeypatch.setattr(engines.util, "find_spec", lambda name: None)
-        rig = models.Rig("tiny", CONFIGS["mamba"], "int4", small_plan())
-        assert rig.failures[0]["status"] == "unavailable" and "quantize" in rig.failures[0]["reason"]
-
     def test_random_weights_leave_no_block_silent(self):
         """RWKV-7's last matrices begin at zero, so its blocks would add nothing."""
         quiet, loud = CONFIGS["rwkv7"].build(), engines.randomized(CONFIGS["rwkv7"])
@@ -204,9 +199,27 @@ class TestEngines:
         assert all(float(p.std()) > 0 for p in loud.parameters() if p.numel() > 1)
 
     def test_bytes_of_weights(self):
-        tied, own = CONFIGS["mamba"].build(), CONFIGS["rwkv7"].build()
-        assert engines.weight_bytes(tied, "fp32") == 4 * engines.parameters(tied)
-        assert engines.weight_bytes(own, "int4") == 0.5 * (engines.parameters(own) - 96 * 128)
+        tied, own = (engines.randomized(CONFIGS[name]) for name in ("mamba", "rwkv7"))
+        assert engines.Everlong(tied, "fp32").nbytes == 4 * sum(p.numel() for p in tied.parameters())
+        read = sum(p.numel() for p in own.parameters()) - 96 * 128  # a table that is only looked up
+        assert engines.Everlong(own, "bf16").nbytes == 2 * read
+        assert engines.Everlong(own, "int4").nbytes < engines.Everlong(own, "int8").nbytes < 2 * read
+
+    def test_integers_are_held_to_the_values_they_stand_for(self):
+        engine = engines.Everlong(engines.randomized(CONFIGS["mamba"]), "int4")
+        truth, original = engine.truth().layers[0].mixer, engine._original.layers[0].mixer
+        assert not torch.equal(truth.in_proj.weight, original.in_proj.weight)
+        assert torch.equal(truth.in_proj.weight, engine.model.layers[0].mixer.in_proj.weight)
+        assert torch.equal(truth.A_log, original.A_log)
+
+    def test_a_fork_has_a_state_of_its_own(self):
+        engine, prompt = engines.Everlong(engines.randomized(CONFIGS["mamba"]), "fp32"), tokens(1, 9)
+        engine.read(prompt[:, :8])
+        other = engine.fork()
+        other.read(prompt[:, :3])
+        want = engine.truth()(prompt)[0][0]
+        torch.testing.assert_close(other.step(prompt[:, 3])[0], want[3], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(engine.step(prompt[:, 8])[0], want[8], rtol=1e-4, atol=1e-5)
 
 
 class TestPeers:
@@ -473,7 +486,7 @@ MODELS |= {"seconds": None, "quick": False}
         (ops_plan, {"seconds": 0.0}, "seconds must be above 0, got 0"),
         (models_plan, {"models": ["mamba130"]}, "no preset 'mamba130'; did you mean 'mamba-130m'"),
         (models_plan, {"measures": ["prefil"]}, "no measure 'prefil'; did you mean 'prefill'"),
-        (models_plan, {"weights": ["int3"]}, "no format of weights 'int3'; did you mean 'int"),
+        (models_plan, {"weights": ["int3"]}, "no weight format 'int3'; did you mean 'int"),
         (models_plan, {"against": ["vllm"]}, "no peer 'vllm'; known: llama.cpp, transformers"),
         (models_plan, {"sizes": {**SIZES, "lengths": "2k"}}, "--lengths must be numbers separated by commas, got '2k'"),
         (models_plan, {"sizes": {**SIZES, "batches": "0,1"}}, "--batches must be numbers of at least 1, got '0,1'"),

@@ -14,9 +14,8 @@ from .engines import Engine
 
 PROMPT, MORE = 300, 4  # tokens read, and then taken one by one, to compare an engine's logits
 
-# Largest relative error of logits, by the name that an engine gives its weights. Peers' integers are compared with a
-# model of the same rounded weights in fp32, but what they multiply is rounded to 8 bits as well, in every layer.
-# Ours are compared with the model before rounding, of which 4 bits keep only an outline at random weights.
+# Largest relative error of logits, by the name that an engine gives its weights. Integers are compared with a model
+# in fp32 of the values that they stand for, but what they multiply is rounded to 8 bits as well, in every layer.
 LOGITS = {
     "fp32": TOLERANCE[torch.float32],
     "f32": TOLERANCE[torch.float32],
@@ -25,7 +24,7 @@ LOGITS = {
     "Q8_0": 2 * TOLERANCE[torch.bfloat16],
     "Q4_0": 2 * TOLERANCE[torch.bfloat16],
     "int8": 2 * TOLERANCE[torch.bfloat16],
-    "int4": 0.5,
+    "int4": 2 * TOLERANCE[torch.bfloat16],
 }
 
 

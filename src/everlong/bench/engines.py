@@ -1,24 +1,23 @@
 """What is timed on whole models: an engine reads a prompt and then takes one token at a time.
 
-Everlong's engine and those of the peers hold the same random weights, in one of ``FORMATS``.
+Everlong's engine and those of the peers hold the same random weights, in fp32, bf16, int8 or int4.
 """
 
 from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from importlib import import_module, util
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .. import state as states
 from ..config import suggest
+from ..models.decode import Decoder
 from ..models.lm import LanguageModel
+from ..models.packed import PackedLinear
 from ..models.presets import PRESETS, preset
-
-FORMATS = ("fp32", "bf16", "int8", "int4")
+from ..models.quantize import quantized
 
 
 class Unavailable(ValueError):
@@ -53,33 +52,42 @@ class Engine(ABC):
 
 
 class Everlong(Engine):
-    """Our own engine: ``read`` in pieces, then steps on one owned state."""
+    """Our own engine: ``read`` in pieces, then a ``Decoder`` that owns the state."""
 
     title = "everlong"
 
     def __init__(self, model: LanguageModel, weights: str) -> None:
-        self.weights, self._truth = weights, model
-        self.model: Any = in_format(model, weights)
+        self.weights, self._original = weights, model
+        self.model = quantized(model, weights)
         self._state: Any = None
-        self._decoder: Any = None
+        self._decoder: Decoder | None = None
 
     @torch.no_grad()
     def read(self, tokens: Tensor) -> Tensor:
         """See ``Engine.read``."""
         logits, self._state = self.model.read(tokens)
-        self._decoder = None
         return logits
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
         """See ``Engine.step``."""
-        if self._decoder is None:
-            self._decoder = decoder(self.model, self._state)
-        return self._decoder(tokens)
+        if self._decoder is None or self._decoder.batch != len(tokens):
+            self._decoder = Decoder(self.model, len(tokens))
+        if self._state is not None:
+            self._decoder.load(self._state)
+            self._state = None
+        return self._decoder.step(tokens)
 
+    @torch.no_grad()
     def truth(self) -> LanguageModel:
-        """See ``Engine.truth``."""
-        return self._truth
+        """See ``Engine.truth``: where weights are integers, with the values that these stand for."""
+        packed = {path: map for path, map in self.model.named_modules() if isinstance(map, PackedLinear)}
+        if not packed:
+            return self._original
+        made = copy.deepcopy(self._original)
+        for path, module in packed.items():
+            made.get_submodule(path).weight.copy_(module.weight)  # type: ignore[operator,union-attr]
+        return made
 
     def fork(self) -> Everlong:
         """Another engine on the same weights, with a state of its own."""
@@ -87,35 +95,20 @@ class Everlong(Engine):
         other._state = other._decoder = None
         return other
 
+    @property
+    def in_python(self) -> int | None:
+        """Blocks of the model's step that have no native form here; None before the first step."""
+        return None if self._decoder is None else len(self._decoder.explain())
 
-def decoder(model: Any, state: Any) -> Any:
-    """A function of tokens [B] -> logits [B vocab] that goes on from ``state`` on a copy of its own."""
-    owned = states.map_leaves(torch.clone, state)
-
-    def step(tokens: Tensor) -> Tensor:
-        nonlocal owned
-        logits, owned = model.step_(tokens, owned)
-        return logits
-
-    return step
-
-
-def in_format(model: LanguageModel, weights: str) -> Any:
-    """A copy of ``model`` with its weights in one of ``FORMATS``. ``Unavailable`` where this build has none."""
-    if weights == "fp32":
-        return model
-    if weights == "bf16":
-        return copy.deepcopy(model).bfloat16()
-    if util.find_spec("everlong.models.quantize") is None:
-        raise Unavailable(f"{weights} weights need everlong.models.quantize, which this build does not have")
-    return import_module("everlong.models.quantize").quantized(model, weights)
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights that every token reads: all of them, but for a table of embeddings that is not the head."""
+        unread = self.model.embedding.state_dict() if self.model.head is not None else {}
+        return _nbytes(self.model.state_dict()) - _nbytes(unread)
 
 
-def check_weights(weights: str) -> str:
-    """``weights`` if it is one of ``FORMATS``; ``ValueError`` with a suggestion."""
-    if weights not in FORMATS:
-        raise ValueError(f"no format of weights {weights!r}{suggest(weights, FORMATS)}")
-    return weights
+def _nbytes(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def random_model(name: str, seed: int = 0) -> LanguageModel:
@@ -135,21 +128,6 @@ def randomized(cfg: LanguageModel.Config, seed: int = 0) -> LanguageModel:
             scale = 0.5 * parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.05
             parameter.add_(torch.randn_like(parameter), alpha=scale)
     return model
-
-
-def weight_bytes(model: LanguageModel, weights: str) -> float:
-    """Bytes of weights that every token must read, at the width of the format (scales of int8 and int4 left out).
-
-    A table of embeddings that is not also the head gives one row a token and is not counted.
-    """
-    bits = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}[check_weights(weights)]
-    unread = 0 if model.head is None else model.embedding.weight.numel()
-    return (parameters(model) - unread) * bits / 8
-
-
-def parameters(model: nn.Module) -> int:
-    """Number of parameters."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def check_models(names: list[str]) -> list[str]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..config import suggest
 from ..models.lm import LanguageModel
 from . import checks, clock, memory, peers, training
-from .engines import Engine, Everlong, Unavailable, randomized, weight_bytes
+from .engines import Engine, Everlong, Unavailable, randomized
 from .limits import Limits
 
 Row = dict[str, Any]
@@ -258,24 +258,24 @@ def decode(rig: Rig, context: int, limits: Limits) -> list[Row]:
         row["tokens_per_second"] = clock.rates(laps[label], rig.plan.steps)
         row["latency_ms"] = clock.latencies(laps[label])
         if rig.ours and label == rig.ours.label:
-            row.update(_beside(rig, laps, label, limits))
+            row.update(_beside(rig, rig.ours, laps, limits))
             if baseline:
                 row["against_shortest"] = {"context": first, "slowdown": clock.ratios(laps[baseline], laps[label])}
     return rows
 
 
-def _beside(rig: Rig, laps: dict[str, clock.Laps], label: str, limits: Limits) -> Row:
+def _beside(rig: Rig, ours: Everlong, laps: dict[str, clock.Laps], limits: Limits) -> Row:
     """Our decoding beside the peers' and the memory's limit."""
-    amount = weight_bytes(rig.model, rig.weights) * rig.plan.steps
-    shares = [
-        (amount / ours) / (PASSES * limits.buffer.nbytes / limit)
-        for ours, limit in zip(laps[label].totals(), laps[LIMIT].totals(), strict=False)
-    ]
-    others = [other for other in rig.engines if other in laps and other != label]
+    own, amount = laps[ours.label], ours.nbytes * rig.plan.steps
+    rates = [amount / total for total in own.totals()]
+    read = [PASSES * limits.buffer.nbytes / total for total in laps[LIMIT].totals()]
     return {
-        "gbs": clock.spread([amount / total / 1e9 for total in laps[label].totals()]),
-        "share_of_read": clock.spread(shares),
-        "ratios": {other: clock.ratios(laps[label], laps[other]) for other in others},
+        "gbs": clock.spread([rate / 1e9 for rate in rates]),
+        "share_of_read": clock.spread([rate / limit for rate, limit in zip(rates, read, strict=False)]),
+        "ratios": {
+            other: clock.ratios(own, laps[other]) for other in rig.engines if other in laps and other != ours.label
+        },
+        "in_python": ours.in_python,
     }
 
 
@@ -302,8 +302,8 @@ def batches(rig: Rig) -> list[Row]:
         return [row for row in rig.failed("batch") if row["engine"] == Everlong.title]
     rows: list[Row] = []
     contenders: dict[int, clock.Contender] = {}
-    for size in sizes:
-        engine = ours.fork()
+    engines = {size: ours.fork() for size in sizes}
+    for size, engine in engines.items():
         row = rig.row("batch", engine.label, context=context, batch=size)
         verdict = checks.check_engine(engine, rig.tokens(size, 64))
         row.update(error=verdict.error, reason=verdict.reason)
@@ -317,6 +317,7 @@ def batches(rig: Rig) -> list[Row]:
         if own := laps.get(str(size := row["batch"])):
             row["tokens_per_second"] = clock.rates(own, size * rig.plan.steps)
             row["latency_ms"] = clock.latencies(own)
+            row["in_python"] = engines[size].in_python
             if "1" in laps:
                 scaled = clock.ratios(own, laps["1"])
                 row["scaling"] = {key: value * (1 if key == "rounds" else size) for key, value in scaled.items()}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ..models.presets import preset
+from ..ops.native.product import check_format
 from .clock import Pace
-from .engines import check_models, check_weights
+from .engines import check_models
 from .models import ModelsPlan, chosen_measures
 from .ops import OpsPlan, chosen_backends, chosen_cases, chosen_dtypes, chosen_ops
 from .peers import check_peers
@@ -47,7 +48,7 @@ def models_plan(
     return ModelsPlan(
         models={name: preset(name) for name in check_models(models)},
         measures=chosen_measures(measures),
-        weights=tuple(check_weights(name) for name in weights),
+        weights=tuple(check_format(name) for name in weights),
         lengths=counts["lengths"],
         contexts=counts["contexts"],
         batches=counts["batches"],

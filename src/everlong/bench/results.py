@@ -16,9 +16,9 @@ ops rows: ``op``, ``variant``, ``case``, ``batch``, ``time``, ``dtype``, ``backe
 models rows: ``measure``, ``model``, ``engine``, ``weights``, and timed
 - prefill: ``length``, ``seconds`` to the first token, ``tokens_per_second``, ours ``ratios`` {engine: spread};
 - decode: ``context``, ``tokens_per_second``, ``latency_ms`` {"p50", "p99", "p999", "units"}, ours ``gbs`` of weights
-  read, ``share_of_read`` of the memory's limit in the same rounds, ``ratios``, and beyond the shortest context
-  ``against_shortest`` {"context", "slowdown"};
-- batch: ``batch``, ``tokens_per_second`` of all rows together, ``latency_ms``, ``scaling`` against one row;
+  read, ``share_of_read`` of the memory's limit in the same rounds, ``ratios``, ``in_python`` (blocks without a native
+  step), and beyond the shortest context ``against_shortest`` {"context", "slowdown"};
+- batch: ``batch``, ``tokens_per_second`` of all rows together, ``latency_ms``, ``in_python``, ``scaling`` against one;
 - training: ``tokens_per_second``, ours ``ratios``, bf16 ``against_fp32``;
 - memory: ``length``, ``peak_bytes`` of the process; loss: ``length``, ``taken_bytes``, ``logits_bytes``.
 """
