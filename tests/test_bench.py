@@ -485,6 +485,7 @@ MODELS |= {"seconds": None, "quick": False}
         (ops_plan, {"backends": ["cuda"]}, "no backend 'cuda'; known: native, reference, torch"),
         (ops_plan, {"seconds": 0.0}, "seconds must be above 0, got 0"),
         (models_plan, {"models": ["mamba130"]}, "no preset 'mamba130'; did you mean 'mamba-130m'"),
+        (models_plan, {"weights": []}, "nothing to time; name at least one"),
         (models_plan, {"measures": ["prefil"]}, "no measure 'prefil'; did you mean 'prefill'"),
         (models_plan, {"weights": ["int3"]}, "no weight format 'int3'; did you mean 'int"),
         (models_plan, {"against": ["vllm"]}, "no peer 'vllm'; known: llama.cpp, transformers"),
