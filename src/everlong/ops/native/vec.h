@@ -21,6 +21,8 @@ extern "C" int omp_get_thread_num();
 inline int omp_get_thread_num() { return 0; }
 #endif
 
+#define EV_INLINE __attribute__((always_inline))  // of lambdas that are called twice, for whole vectors and for the rest
+
 namespace ev {
 
 constexpr int W = EV_WIDTH;
@@ -109,11 +111,23 @@ inline vf alternating() {  // -1, 1, -1, 1, ...
 
 inline vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
 
-inline float sum(vf v) {
-  float total = 0;
-  for (int i = 0; i < W; i++) total += v[i];
-  return total;
-}
+// The sum of all lanes, by halves.
+template <int N>
+struct Lanes {
+  typedef float type __attribute__((vector_size(4 * N)));
+  static float sum(type v) {
+    typename Lanes<N / 2>::type low, high;
+    std::memcpy(&low, &v, sizeof low);
+    std::memcpy(&high, (const char *)&v + sizeof low, sizeof high);
+    return Lanes<N / 2>::sum(low + high);
+  }
+};
+template <>
+struct Lanes<1> {
+  typedef float type;
+  static float sum(float v) { return v; }
+};
+inline float sum(vf v) { return Lanes<W>::sum(v + vf{}); }  // halves of a new value: v itself stays in a register
 
 // exp(r) for |r| <= log(2) / 2, relative error below 1e-7; r^2 times a polynomial of degree 4, fitted, plus r + 1.
 inline vf exp_near_0(vf r) {
