@@ -63,13 +63,12 @@ def gated_norm(
     """
     if x.shape != z.shape:
         raise ValueError(f"x has shape {list(x.shape)} and z {list(z.shape)}, expected the same")
-    check_weights(x, weight=weight)
+    check_weights(x, weight)
     if first not in FIRST:
         raise ValueError(f"no order that begins with {first!r}{suggest(first, FIRST)}")
-    inputs = dict(x=x, z=z, weight=weight, eps=eps, first=first)
     if dispatch.few(x, backend):
-        return gated_norm_torch(**inputs)  # type: ignore[arg-type]
-    return dispatch.run(TABLE, inputs, backend)
+        return gated_norm_torch(x, z, weight=weight, eps=eps, first=first)
+    return dispatch.run(TABLE, dict(x=x, z=z, weight=weight, eps=eps, first=first), backend)
 
 
 def inputs(case: Case) -> dict[str, object]:

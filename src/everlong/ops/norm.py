@@ -33,14 +33,13 @@ def norm_reference(x: Tensor, *, weight: Tensor | None, bias: Tensor | None, eps
 def norm_torch(x: Tensor, *, weight: Tensor | None, bias: Tensor | None, eps: float, style: str) -> Tensor:
     """PyTorch's norms in the dtype of x; a weight for several heads is multiplied afterwards."""
     shape, out = x.shape[-1:], output_dtype(x, weight)
-    weight, bias = (None if part is None else part.to(x.dtype) for part in (weight, bias))
+    weight, bias = None if weight is None else weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     fits = weight is not None and weight.dim() == 1
-    inside = weight if fits else None
-    if style == "layer":
-        y = F.layer_norm(x, shape, inside, bias if fits else None, eps)
-        bias = None if fits else bias
+    if style == "rms":
+        y = F.rms_norm(x, shape, weight if fits else None, eps)
     else:
-        y = F.rms_norm(x, shape, inside, eps)
+        y = F.layer_norm(x, shape, weight if fits else None, bias if fits else None, eps)
+        bias = None if fits else bias
     y = y if fits or weight is None else y * weight
     return (y if bias is None else y + bias).to(out)
 
@@ -71,22 +70,21 @@ def norm(
     x [... D], weight and bias [D] or, for x [... H D], [H D]; ``style`` "rms" or "layer". Returns y like x, in the
     dtype of weight (of x without one). ``ValueError`` for shapes that do not fit and styles that there are not.
     """
-    check_weights(x, weight=weight, bias=bias)
+    check_weights(x, weight, bias)
     if style not in STYLES:
         raise ValueError(f"no norm {style!r}{suggest(style, STYLES)}")
-    inputs = dict(x=x, weight=weight, bias=bias, eps=eps, style=style)
     if dispatch.few(x, backend):
-        return norm_torch(**inputs)  # type: ignore[arg-type]
-    return dispatch.run(TABLE, inputs, backend)
+        return norm_torch(x, weight=weight, bias=bias, eps=eps, style=style)
+    return dispatch.run(TABLE, dict(x=x, weight=weight, bias=bias, eps=eps, style=style), backend)
 
 
-def check_weights(x: Tensor, **weights: Tensor | None) -> None:
-    """``ValueError`` unless each of ``weights`` has the shape of the last axis of x or of its last two."""
-    for name, part in weights.items():
+def check_weights(x: Tensor, *weights: Tensor | None) -> None:
+    """``ValueError`` unless weight and bias have the shape of the last axis of x, or of the last two."""
+    for index, part in enumerate(weights):
         if part is not None and (not 1 <= part.dim() <= 2 or part.shape != x.shape[-part.dim() :]):
             raise ValueError(
-                f"{name} has shape {list(part.shape)}, expected {list(x.shape[-1:])} or {list(x.shape[-2:])} "
-                f"for x of shape {list(x.shape)}"
+                f"{('weight', 'bias')[index]} has shape {list(part.shape)}, expected {list(x.shape[-1:])} or "
+                f"{list(x.shape[-2:])} for x of shape {list(x.shape)}"
             )
 
 
