@@ -4,7 +4,7 @@ TORCH  ?= torch==2.13.0
 BIN     = .venv/bin
 ARGS   ?=
 
-.PHONY: run test check docs clean
+.PHONY: run test check docs wheel clean
 
 run: .venv/run.stamp
 	$(BIN)/everlong compare $(ARGS)
@@ -33,5 +33,10 @@ docs: .venv/dev.stamp  ## write what is generated from the code: the table in RE
 	@$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	@touch $@
 
+wheel: .venv/run.stamp  ## dist/everlong-*.whl, kernels included: it installs without a compiler
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	@ls dist
+
 clean:
-	rm -rf .venv build src/*.egg-info
+	rm -rf .venv build dist src/*.egg-info

@@ -1,14 +1,16 @@
 """Builds the C++ kernels where there is a compiler; without one the package installs all the same."""
 
+import os
 import platform
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 NATIVE = Path("src/everlong/ops/native")
-COMMON = ["-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=fast"]
+COMMON = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fno-math-errno", "-ffp-contract=fast"]
 BUILDS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     BUILDS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -20,10 +22,15 @@ if platform.machine() in ("x86_64", "AMD64"):
         "-mfma",
         "-mprefer-vector-width=512",
     ]
+    BUILDS["avx512bf16"] = [*BUILDS["avx512"], "-mavx512vnni", "-mavx512bf16"]
 
 
 class BuildKernels(build_ext):
     """Plain shared libraries, loaded by ctypes: no Python headers, no link to an OpenMP runtime."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.parallel = self.parallel or os.cpu_count()
 
     def get_ext_filename(self, fullname):
         return fullname.replace(".", "/") + ".so"
@@ -45,6 +52,13 @@ class BuildKernels(build_ext):
             )
 
 
+class AnyPython(bdist_wheel):
+    """One wheel for every Python: the kernels are plain shared libraries."""
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
 openmp = ["-fopenmp"] if sys.platform == "linux" else []
 setup(
     ext_modules=[
@@ -58,5 +72,5 @@ setup(
     ]
     if sys.platform != "win32"
     else [],
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": AnyPython},
 )

@@ -13,13 +13,13 @@ from everlong.report.readme import generated
 ROOT = Path(everlong.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 LEVELS = [
-    {"shapes", "config", "files", "numerics", "tokenizer"},
+    {"shapes", "config", "files", "machine", "numerics", "tokenizer"},
     {"state"},
     {"ops"},
     {"mixers"},
     {"models"},
     {"checkpoints", "laws"},
-    {"train", "tasks"},
+    {"train", "tasks", "bench"},
     {"report"},
     {"compare"},
     {"cli"},

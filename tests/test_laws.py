@@ -129,6 +129,12 @@ class Overflows(Average):
         return y + 1e-30 * torch.exp(x * 3).clamp(max=torch.inf), state
 
 
+class BranchesOnValues(Average):
+    def step(self, x, state):
+        y, after = super().step(x, state)
+        return (y if float(x.sum()) > 0 else 2 * y), after
+
+
 BROKEN = {
     "split": Forgets,
     "step": StepsDiffer,
@@ -142,6 +148,7 @@ BROKEN = {
     "bfloat16": LosesPrecision,
     "compile": DoesNotCompile,
     "gradients": HasDeadParameters,
+    "decode": BranchesOnValues,
 }
 
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -137,6 +138,22 @@ def test_without_kernels_the_torch_form_runs():
     env = {**os.environ, "EVERLONG_NATIVE": "off"}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
     assert "switched off" in out.stdout
+
+
+def test_an_install_without_a_compiler_works_and_says_so_once(tmp_path):
+    root = native.FOLDER.parents[1]
+    shutil.copytree(root, tmp_path / "everlong", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    code = (
+        "import torch, everlong; from everlong.ops.selective_scan import selective_scan as s, inputs;"
+        "from everlong.ops.cases import Case; i = inputs(Case('x', dtype=torch.float32)); s(**i); s(**i);"
+        "print(everlong.__file__, everlong.explain(s, **i)[0].reason)"
+    )
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True, cwd=tmp_path
+    )
+    assert str(tmp_path) in done.stdout and "no kernels were built" in done.stdout
+    assert done.stderr.count("everlong runs on its PyTorch forms") == 1
 
 
 def test_one_openmp_runtime():

@@ -87,6 +87,10 @@ def generate(
         Path | None,
         typer.Option(help="Go on from the session in this file, if it exists, and save it there at the end."),
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Weights in fp32, bf16, int8 or int4; fewer bits are faster.", show_default="as saved"),
+    ] = None,
 ) -> None:
     """Continue a text, streaming.
 
@@ -102,7 +106,9 @@ def generate(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed
     )
     text = sys.stdin.read() if prompt == "-" else prompt
-    pieces = continue_text(model, text, max_tokens=max_tokens, sampling=sampling, stop=stop or (), session=session)
+    pieces = continue_text(
+        model, text, max_tokens=max_tokens, sampling=sampling, stop=stop or (), session=session, weights=weights
+    )
     print(text, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
@@ -195,6 +201,113 @@ def check(
 
     if not check_mixer(mixer):
         sys.exit(1)
+
+
+bench = typer.Typer(
+    name="bench",
+    help="Time ops and models beside the machine's limits and the engines of others.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
+app.add_typer(bench)
+
+_THREADS = typer.Option(help="Threads of every contender.", show_default="one for each core")
+_SECONDS = typer.Option(help="For the rounds of one comparison; three rounds are always made.")
+_MINUTES = typer.Option(help="No measurement begins later than this; the rest is skipped.")
+_BENCH_OUT = typer.Option(help="Folder of results.json and report.html.")
+_COMMAS = "separated by commas"
+
+
+@bench.command("ops")
+def bench_ops(
+    ops: Annotated[str, typer.Option(help=f"Names of ops, {_COMMAS}.", show_default="all")] = "",
+    cases: Annotated[
+        str, typer.Option(help=f"Sizes, {_COMMAS}; tests: those of the tests.", show_default="four of real layers")
+    ] = "",
+    dtypes: Annotated[str, typer.Option(help=f"fp32, bf16, {_COMMAS}.")] = "fp32,bf16",
+    backends: Annotated[str, typer.Option(help=f"Forms, {_COMMAS}.", show_default="all")] = "",
+    seconds: Annotated[float | None, _SECONDS] = None,
+    minutes: Annotated[float | None, _MINUTES] = None,
+    threads: Annotated[int | None, _THREADS] = None,
+    out: Annotated[Path, _BENCH_OUT] = Path("runs", "bench", "ops"),
+    quick: Annotated[bool, typer.Option("--quick", help="One small case in fp32, a few minutes.")] = False,
+) -> None:
+    """Time every form of every op, forward and with gradients, in turn; GFLOP/s and GB/s beside the machine's limits.
+
+    A form whose outputs or gradients differ from the reference is shown in red, with its error and no time.
+
+    [bold]Examples[/]\n
+      everlong bench ops --quick\n
+      everlong bench ops --ops selective_scan --cases mamba-130m --dtypes fp32 --seconds 10\n
+      everlong bench ops --ops delta_rule,linear_attention --backends native,torch --out runs/bench/rules
+    """
+    from .bench.plan import ops_plan
+    from .bench.run import Terms
+    from .report.bench import bench as run
+
+    plan = ops_plan(
+        ops=_names(ops),
+        cases=_names(cases),
+        dtypes=_names(dtypes),
+        backends=_names(backends),
+        seconds=seconds,
+        quick=quick,
+    )
+    if not run("ops", plan, Terms(out, threads, minutes or (5.0 if quick else 60.0), _typed())):
+        sys.exit(1)
+
+
+@bench.command("models")
+def bench_models(
+    models: Annotated[str, typer.Option(help=f"Presets, {_COMMAS}.")] = "mamba-130m,mamba2-130m,rwkv7-0.1b",
+    measure: Annotated[
+        str, typer.Option(help=f"prefill, decode, batch, training, memory, loss, {_COMMAS}.", show_default="all")
+    ] = "",
+    weights: Annotated[str, typer.Option(help=f"fp32, bf16, int8, int4, {_COMMAS}.")] = "fp32,bf16,int8,int4",
+    lengths: Annotated[str, typer.Option(help=f"Tokens of the prompts, {_COMMAS}.")] = "512,2048",
+    contexts: Annotated[str, typer.Option(help="Tokens read before decoding.")] = "512",
+    batches: Annotated[str, typer.Option(help="Rows decoded together.")] = "1,4,16",
+    texts: Annotated[
+        str, typer.Option(help="Tokens of the texts whose reading is watched for memory.")
+    ] = "10000,100000",
+    against: Annotated[str, typer.Option(help=f"transformers, llama.cpp, {_COMMAS}.", show_default="nobody")] = "",
+    seconds: Annotated[float | None, _SECONDS] = None,
+    minutes: Annotated[float | None, _MINUTES] = None,
+    threads: Annotated[int | None, _THREADS] = None,
+    out: Annotated[Path, _BENCH_OUT] = Path("runs", "bench", "models"),
+    quick: Annotated[bool, typer.Option("--quick", help="One model in bf16, short prompts, a minute or two.")] = False,
+) -> None:
+    """Time whole models at random weights: prompts, tokens, batches, training, memory; with --against, beside others.
+
+    Others run on the same weights, in the same rounds; an engine whose logits differ is shown in red, without a time.
+    They come with pip install "everlong\\[peers]".
+
+    [bold]Examples[/]\n
+      everlong bench models --quick\n
+      everlong bench models --models mamba-130m --measure prefill --weights bf16 --against transformers,llama.cpp\n
+      everlong bench models --models mamba-130m --measure decode --contexts 1024,131072\n
+      everlong bench models --measure training --against transformers --out runs/bench/training
+    """
+    from .bench.plan import models_plan
+    from .bench.run import Terms
+    from .report.bench import bench as run
+
+    plan = models_plan(
+        models=_names(models),
+        measures=_names(measure),
+        weights=_names(weights),
+        sizes={"lengths": lengths, "contexts": contexts, "batches": batches, "texts": texts},
+        against=_names(against),
+        seconds=seconds,
+        quick=quick,
+    )
+    if not run("models", plan, Terms(out, threads, minutes or (5.0 if quick else 90.0), _typed())):
+        sys.exit(1)
+
+
+def _names(text: str) -> list[str]:
+    """``"a, b"`` as ``["a", "b"]``."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _typed() -> str:

@@ -20,6 +20,10 @@ from torch import Tensor
 from . import state as states
 from .config import Config
 from .files import atomic_save_tensors, read_tensors
+from .mixers import base
+from .models.blocks import Layer, SwiGLU
+from .models.decode import Decoder
+from .models.lm import LanguageModel
 from .numerics import assert_close
 
 LENGTHS = (1, 2, 63, 100)
@@ -314,6 +318,30 @@ def gradients(subject: Subject) -> None:
                 raise AssertionError(f"the output is not finite at inputs of size {scale:g} ({dtype})")
 
 
+@torch.no_grad()
+def decodes(subject: Subject) -> None:
+    """In a language model, the replayed steps of a decoder equal those of ``step``: logits and final state."""
+    cfg = subject.config
+    if isinstance(cfg, base.Config):
+        layer = Layer.Config(mixer=cfg, mlp=SwiGLU.Config())
+        cfg = LanguageModel.Config(vocab_size=50, d_model=subject.d_model, layers=(layer, layer))
+    model = subject._replace(build=cfg.build).module(torch.float32)
+    tokens = torch.randint(0, 50, (3, 12))
+    _, state = model(tokens[:, :5])
+    decoder = Decoder(model, batch=3)
+    decoder.load(state)
+    for t in range(5, 12):
+        want, state = model.step(tokens[:, t], state)
+        same(decoder.step(tokens[:, t]), want, f"logits of step {t}")
+    same(_trimmed(decoder.state(), state), state, "the decoder's state")
+
+
+def _trimmed(tree: Any, like: Any) -> Any:
+    """``tree`` without the spare room at the end of its growing leaves."""
+    pairs = zip(states.leaves(tree), states.leaves(like), strict=True)
+    return states.rebuild(like, iter([x[:, : y.shape[1]] if pad else x for (_, x, pad), (_, y, _) in pairs]))
+
+
 LAWS: dict[str, Callable[[Subject], None]] = {
     "split": split,
     "step": step,
@@ -327,6 +355,7 @@ LAWS: dict[str, Callable[[Subject], None]] = {
     "bfloat16": bfloat16,
     "compile": compiles,
     "gradients": gradients,
+    "decode": decodes,
 }
 
 

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ..files import atomic_together, read_tensors, save_tensors
 from ..models.lm import LanguageModel
+from ..models.quantize import prepare, quantized
+from ..ops.native.product import check_format
 from ..tokenizer import FILE, ByteTokenizer, FileTokenizer, open_tokenizer
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -33,7 +35,9 @@ def save(model: LanguageModel, folder: str | Path, tokenizer: FileTokenizer | By
     with atomic_together(*(folder / name for name in names)) as (weights, config, *vocabulary):
         save_tensors(weights, tensors, {"format": "pt"})
         size, checksum = _fingerprint(weights)
-        data = {"format": "everlong-1", "weights": {"bytes": size, "crc32": checksum}, "model": model.cfg.to_dict()}
+        quantised = {} if model.weights is None else {"quantized": model.weights}
+        fingerprint = {"bytes": size, "crc32": checksum}
+        data = {"format": "everlong-1", "weights": fingerprint, **quantised, "model": model.cfg.to_dict()}
         config.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
         for path in vocabulary:
             path.write_text(tokenizer.library.to_str(), encoding="utf-8")  # type: ignore[union-attr]
@@ -41,13 +45,22 @@ def save(model: LanguageModel, folder: str | Path, tokenizer: FileTokenizer | By
         (folder / FILE).unlink(missing_ok=True)
 
 
-def load(folder: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> LanguageModel:
+def load(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    weights: str | None = None,
+) -> LanguageModel:
     """The model saved in ``folder``, in evaluation mode; ``dtype`` converts its weights.
 
-    ``ValueError`` for a folder without a model, an unknown config key, weights that are truncated, altered,
-    of another shape, or not finite.
+    ``weights`` instead says in which format they are used: "fp32", "bf16", or quantised, "int8" or "int4" (see
+    ``models.quantize``). A model that was saved quantised is loaded as it was. ``ValueError`` for a folder without a
+    model, an unknown config key or format, weights that are truncated, altered, of another shape, or not finite.
     """
     data = read_config(folder)
+    saved = data.get("quantized")
+    _check_formats(folder, saved, weights, dtype)
     path = Path(folder) / WEIGHTS
     if not path.is_file():
         raise ValueError(f"{folder} holds a {CONFIG} but no {WEIGHTS}; copy it there, or save the model again")
@@ -61,11 +74,29 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None, device: str = 
     tensors = read_tensors(path)
     with torch.device("meta"):
         model = LanguageModel.Config.from_dict(data["model"]).build()
+        if saved is not None:
+            prepare(model, saved)
     _check_tensors(model, tensors, path)
     model.load_state_dict(tensors, assign=True)
     for parameter in model.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
-    return model.to(device=device, dtype=dtype).eval()
+        parameter.requires_grad_(saved is None and parameter.is_floating_point())
+    model = model.to(device=device, dtype=dtype).eval()
+    return model if weights in (None, saved) else quantized(model, weights)
+
+
+def _check_formats(folder: str | Path, saved: str | None, weights: str | None, dtype: torch.dtype | None) -> None:
+    if saved is not None:
+        check_format(saved)
+    if weights is not None:
+        check_format(weights)
+        if dtype is not None:
+            raise ValueError(f"give weights = {weights!r} or dtype = {dtype}, not both")
+    if saved is not None and (weights not in (None, saved) or dtype not in (None, torch.float32)):
+        wanted = f"weights = {weights!r}" if weights else f"dtype = {dtype}"
+        raise ValueError(
+            f"the weights in {folder} were saved as {saved} and cannot be loaded with {wanted}; "
+            "load the folder of the model in full precision"
+        )
 
 
 def load_tokenizer(folder: str | Path) -> FileTokenizer | ByteTokenizer:
@@ -107,5 +138,7 @@ def _check_tensors(model: LanguageModel, tensors: dict[str, Tensor], path: Path)
             raise ValueError(
                 f"{path} does not fit its config: {name} has shape {list(got.shape)}, expected {list(want.shape)}"
             )
+        if model.weights is not None and got.dtype != want.dtype:
+            raise ValueError(f"{path} does not fit its config: {name} has dtype {got.dtype}, expected {want.dtype}")
         if got.is_floating_point() and not bool(torch.isfinite(got).all()):
             raise ValueError(f"{path}: {name} holds NaN or infinity; training diverged or the file was altered")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import state as states
+from ..models.decode import Decoder
 from ..models.lm import LanguageModel
 from ..report.table import state_bytes
 
@@ -86,12 +87,13 @@ def _prefill(model: LanguageModel, prompt: Tensor, seconds: float) -> tuple[floa
 @torch.no_grad()
 def _decode(model: LanguageModel, tokens: Tensor, state: Any, seconds: float, steps: int) -> dict[str, float]:
     """Milliseconds per token, as ``generate`` makes them: on one owned state."""
-    state = states.map_leaves(torch.clone, state)
+    decoder = Decoder(model)
+    decoder.load(state)
     times: list[float] = []
     for index in range(WARM_UP + steps):
         token = tokens[:, index % tokens.shape[1]]
         began = time.perf_counter()
-        _, state = model.step_(token, state)
+        decoder.step(token)
         times.append(1000 * (time.perf_counter() - began))
         if len(times) >= WARM_UP + 20 and sum(times) > 1000 * seconds:
             break

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from ..checkpoints import folder as folders
 from ..files import atomic_write
+from ..machine import machine
 from ..models.generate import Sampling, generate
 from ..models.lm import LanguageModel
 from ..report.html import write_report
@@ -27,7 +28,7 @@ from ..train.data import Corpus, default_paths
 from ..train.loop import Progress, Stopped, Trainer
 from . import cost, measure
 from .architectures import DEFAULT, architecture, count, describe, equation, sized
-from .settings import Settings, machine
+from .settings import Settings
 
 RESULTS, REPORT = "results.json", "report.html"
 POINTS = 120  # of a learning curve

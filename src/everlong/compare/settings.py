@@ -1,16 +1,10 @@
-"""What a comparison does and how long it takes: every number in one place, and the machine it runs on."""
+"""What a comparison does and how long it takes: every number in one place."""
 
 from __future__ import annotations
 
-import os
-import platform
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-import torch
-
-from .. import __version__, config
+from .. import config
 from ..models.lm import LanguageModel
 from ..tasks.mqar import MQAR
 from ..train.loop import Trainer
@@ -119,33 +113,3 @@ def profile(short: bool, *, seed: int = 0, params: int | None = None, tokens: in
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     return chosen.replace(seed=seed, params=params or chosen.params, tokens=tokens or chosen.tokens)
-
-
-def machine() -> dict[str, Any]:
-    """The machine and the versions, for the report."""
-    return {
-        "cpu": _cpu(),
-        "cores": os.cpu_count() or 1,
-        "threads": torch.get_num_threads(),
-        "memory_gib": _memory(),
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "everlong": __version__,
-    }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, "") or platform.processor() or platform.machine() or "unknown"
-
-
-def _memory() -> float | None:
-    try:
-        return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
-    except (AttributeError, ValueError, OSError):
-        return None

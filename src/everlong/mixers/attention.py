@@ -17,6 +17,7 @@ from .. import shapes
 from .. import state as states
 from ..ops import rotary
 from ..ops.attention import Cache, Ring, attention, attention_step, attention_step_, token_positions
+from ..ops.linear import Linear
 from . import base
 
 Turn = tuple[Tensor, Tensor]  # cosines and sines
@@ -53,10 +54,10 @@ class Attention(base.Mixer):
         self.rotated = 0 if cfg.rope_theta is None else int(cfg.rope_fraction * self.head_dim)
         self.groups = groups
         self._refuse()
-        self.q_proj = nn.Linear(d_model, cfg.n_heads * self.head_dim, bias=cfg.qkv_bias)
-        self.k_proj = nn.Linear(d_model, groups * self.head_dim, bias=cfg.qkv_bias)
-        self.v_proj = nn.Linear(d_model, groups * self.head_dim, bias=cfg.qkv_bias)
-        self.out_proj = nn.Linear(cfg.n_heads * self.head_dim, d_model, bias=cfg.out_bias)
+        self.q_proj = Linear(d_model, cfg.n_heads * self.head_dim, bias=cfg.qkv_bias)
+        self.k_proj = Linear(d_model, groups * self.head_dim, bias=cfg.qkv_bias)
+        self.v_proj = Linear(d_model, groups * self.head_dim, bias=cfg.qkv_bias)
+        self.out_proj = Linear(cfg.n_heads * self.head_dim, d_model, bias=cfg.out_bias)
         for projection in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
             nn.init.xavier_uniform_(projection.weight)  # tensor2tensor's, the code of the paper
             if projection.bias is not None:

@@ -73,6 +73,8 @@ class Mixer(nn.Module):
     no_decay: ClassVar[tuple[str, ...]] = ()  # parts that weight decay must spare, beside all vectors
     cfg: Any  # the class's own Config
     lr_scales: ClassVar[dict[str, float]] = {}  # parameters that learn at a multiple of the learning rate
+    full_precision: ClassVar[tuple[str, ...]] = ()  # linear maps that quantisation spares: those of decays and steps
+    int8_at_least: ClassVar[tuple[str, ...]] = ()  # linear maps that are int8 in an int4 model
 
     def __init__(self, cfg: Any, d_model: int, depth: Depth = Depth()) -> None:
         super().__init__()
@@ -86,6 +88,10 @@ class Mixer(nn.Module):
             cls.Config = type("Config", (cls.Config,), {"__module__": cls.__module__, "__doc__": cls.Config.__doc__})
             cls.Config.__qualname__ = f"{cls.__qualname__}.Config"
         cls.Config.owner = cls
+
+    def step_outputs(self) -> dict[str, int]:
+        """Linear maps whose last outputs are decays or steps, and how many: quantisation spares those outputs."""
+        return {}
 
     def init_state(self, batch: int) -> Any:
         """The state before the first token, for ``batch`` rows, on the device of the parameters."""
@@ -123,14 +129,21 @@ class Mixer(nn.Module):
     @property
     def factory(self) -> dict[str, Any]:
         """``device`` and ``dtype`` of the parameters, for convolution and key-value caches."""
-        parameter = next(self.parameters())
-        return {"device": parameter.device, "dtype": parameter.dtype}
+        tensor = self._example()
+        return {"device": tensor.device, "dtype": tensor.dtype}
 
     @property
     def memory_factory(self) -> dict[str, Any]:
         """``device`` and ``dtype`` for recurrent states: fp32, or fp64 where the parameters are fp64."""
-        parameter = next(self.parameters())
-        return {"device": parameter.device, "dtype": shapes.state_dtype(parameter)}
+        tensor = self._example()
+        return {"device": tensor.device, "dtype": shapes.state_dtype(tensor)}
+
+    def _example(self) -> Tensor:
+        """A parameter; where quantisation has left none, an fp32 tensor on the device of the weights."""
+        parameter = next(self.parameters(), None)
+        if parameter is not None:
+            return parameter
+        return torch.empty(0, device=next(self.buffers()).device)
 
     def mixing(self, x: Tensor) -> Mixing:
         """The token mixing of ``forward(x)`` from an empty state, taken apart (see ``Mixing``).

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..ops.common import unit
 from ..ops.delta_rule import delta_rule, delta_rule_step, plain
+from ..ops.linear import Linear
 from ..ops.short_conv import short_conv, short_conv_step
 from ..shapes import state_dtype
 from ..state import state
@@ -45,16 +46,18 @@ class DeltaNet(base.Mixer):
         conv: Tensor  # [B W-1 C] of q, k and v
         memory: Tensor  # [B H K V] fp32
 
+    full_precision = ("beta_proj",)
+
     def __init__(self, cfg: Config, d_model: int, depth: base.Depth = base.Depth()) -> None:
         super().__init__(cfg, d_model, depth)
         keys, values = int(cfg.expand_k * d_model), int(cfg.expand_v * d_model)
         self.head_k, self.head_v = base.split_heads(keys, cfg.n_heads), base.split_heads(values, cfg.n_heads)
         self.widths = [keys, keys, values]
-        self.qkv_proj = nn.Linear(d_model, sum(self.widths), bias=False)
+        self.qkv_proj = Linear(d_model, sum(self.widths), bias=False)
         self.conv = nn.Conv1d(sum(self.widths), sum(self.widths), cfg.conv_width, groups=sum(self.widths), bias=False)
-        self.beta_proj = nn.Linear(d_model, cfg.n_heads, bias=False)
+        self.beta_proj = Linear(d_model, cfg.n_heads, bias=False)
         self.norm = base.RMSNorm(self.head_v, eps=cfg.norm_eps)
-        self.out_proj = nn.Linear(values, d_model, bias=False)
+        self.out_proj = Linear(values, d_model, bias=False)
 
     def init_state(self, batch: int) -> State:
         """No memory: zeros."""

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from ..ops.common import unit
 from ..ops.delta_rule import delta_rule, delta_rule_step, gated
 from ..ops.gated_norm import gated_norm
+from ..ops.linear import Linear
 from ..ops.short_conv import short_conv, short_conv_step
 from ..shapes import state_dtype
 from ..state import state
@@ -51,6 +52,8 @@ class GatedDelta(base.Mixer):
         conv: Tensor  # [B W-1 C] of q, k and v
         memory: Tensor  # [B H K V] fp32
 
+    full_precision = ("beta_proj", "decay_proj")
+
     def __init__(self, cfg: Config, d_model: int, depth: base.Depth = base.Depth()) -> None:
         super().__init__(cfg, d_model, depth)
         keys, values = int(cfg.expand_k * d_model), int(cfg.expand_v * d_model)
@@ -58,15 +61,15 @@ class GatedDelta(base.Mixer):
         self.head_k, self.head_v = base.split_heads(keys, self.key_heads), base.split_heads(values, cfg.n_heads)
         self.shared = base.split_heads(cfg.n_heads, self.key_heads)  # value heads that share one q and k
         self.widths = [keys, keys, values]
-        self.qkv_proj = nn.Linear(d_model, sum(self.widths), bias=False)
+        self.qkv_proj = Linear(d_model, sum(self.widths), bias=False)
         self.conv = nn.Conv1d(sum(self.widths), sum(self.widths), cfg.conv_width, groups=sum(self.widths), bias=False)
-        self.beta_proj = nn.Linear(d_model, cfg.n_heads, bias=False)
-        self.decay_proj = nn.Linear(d_model, cfg.n_heads, bias=False)
+        self.beta_proj = Linear(d_model, cfg.n_heads, bias=False)
+        self.decay_proj = Linear(d_model, cfg.n_heads, bias=False)
         self.A_log = nn.Parameter(torch.empty(cfg.n_heads).uniform_(1e-3, 16.0).log())
         self.dt_bias = nn.Parameter(_dt_bias(cfg))
-        self.gate_proj = nn.Linear(d_model, values, bias=False)
+        self.gate_proj = Linear(d_model, values, bias=False)
         self.norm = base.RMSNorm(self.head_v, eps=cfg.norm_eps)
-        self.out_proj = nn.Linear(values, d_model, bias=False)
+        self.out_proj = Linear(values, d_model, bias=False)
 
     def init_state(self, batch: int) -> State:
         """No memory: zeros."""

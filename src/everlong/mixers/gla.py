@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.gated_norm import gated_norm
+from ..ops.linear import Linear
 from ..ops.linear_attention import linear_attention, linear_attention_step
 from ..state import state
 from . import base
@@ -41,17 +42,19 @@ class GLA(base.Mixer):
 
         memory: Tensor  # [B H K V] fp32
 
+    full_precision = ("decay_proj",)
+
     def __init__(self, cfg: Config, d_model: int, depth: base.Depth = base.Depth()) -> None:
         super().__init__(cfg, d_model, depth)
         keys, values = int(cfg.expand_k * d_model), int(cfg.expand_v * d_model)
         self.head_k, self.head_v = base.split_heads(keys, cfg.n_heads), base.split_heads(values, cfg.n_heads)
-        self.q_proj = nn.Linear(d_model, keys, bias=False)
-        self.k_proj = nn.Linear(d_model, keys, bias=False)
-        self.v_proj = nn.Linear(d_model, values, bias=False)
-        self.decay_proj = nn.Sequential(nn.Linear(d_model, cfg.gate_rank, bias=False), nn.Linear(cfg.gate_rank, keys))
-        self.gate_proj = nn.Linear(d_model, values, bias=False)
+        self.q_proj = Linear(d_model, keys, bias=False)
+        self.k_proj = Linear(d_model, keys, bias=False)
+        self.v_proj = Linear(d_model, values, bias=False)
+        self.decay_proj = nn.Sequential(Linear(d_model, cfg.gate_rank, bias=False), Linear(cfg.gate_rank, keys))
+        self.gate_proj = Linear(d_model, values, bias=False)
         self.norm = base.RMSNorm(self.head_v, eps=cfg.norm_eps)
-        self.out_proj = nn.Linear(values, d_model, bias=False)
+        self.out_proj = Linear(values, d_model, bias=False)
 
     def init_state(self, batch: int) -> State:
         """No memory: zeros."""

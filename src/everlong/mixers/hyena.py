@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import shapes
+from ..ops.linear import Linear, linear
 from ..ops.long_conv import History, long_conv, long_conv_step, newest
 from ..ops.short_conv import short_conv, short_conv_step
 from ..state import state
@@ -38,9 +39,9 @@ class Filter(nn.Module):
         self.cfg, self.channels = cfg, channels
         width = cfg.filter_width
         self.frequency = nn.Parameter(torch.full((width,), cfg.frequency))  # one sine for all layers, as published
-        inner = [nn.Linear(width, width) for _ in range(cfg.filter_layers)]
-        self.layers = nn.ModuleList([nn.Linear(cfg.emb_dim, width), *inner])
-        self.out = nn.Linear(width, channels, bias=False)
+        inner = [Linear(width, width) for _ in range(cfg.filter_layers)]
+        self.layers = nn.ModuleList([Linear(cfg.emb_dim, width), *inner])
+        self.out = Linear(width, channels, bias=False)
 
     def forward(self, lags: int) -> Tensor:
         """The values at lags 0 to ``lags - 1``, in fp32 (fp64 for fp64 parameters): [C lags]."""
@@ -50,8 +51,8 @@ class Filter(nn.Module):
             z = self._positions(lag).to(wide)
             for layer in self.layers:
                 weight, bias = (parameter.to(wide) for parameter in layer.parameters())
-                z = torch.sin(self.frequency.to(wide) * F.linear(z, weight, bias))
-            return (F.linear(z, self.out.weight.to(wide)) * self._window(lag).to(wide)).t()
+                z = torch.sin(self.frequency.to(wide) * linear(z, weight, bias))
+            return (linear(z, self.out.weight.to(wide)) * self._window(lag).to(wide)).t()
 
     def _positions(self, lag: Tensor) -> Tensor:
         """[L 1] -> [L emb_dim]: the lag as a fraction of the longest, and waves of it."""
@@ -73,6 +74,7 @@ class Hyena(base.Mixer):
     memory = "linear"
     equation = "v ← h * (x₁ v) + b x₁ v,  y = x₀ v"
     no_decay = ("bias", "filter")
+    full_precision = ("filter",)
 
     @dataclass(frozen=True, kw_only=True)
     class Config(base.Config):
@@ -101,11 +103,11 @@ class Hyena(base.Mixer):
         super().__init__(cfg, d_model, depth)
         _refuse(cfg)
         self.streams, self.filters = cfg.order + 1, cfg.order - 1
-        self.in_proj = nn.Linear(d_model, self.streams * d_model)
+        self.in_proj = Linear(d_model, self.streams * d_model)
         self.conv = nn.Conv1d(self.streams * d_model, self.streams * d_model, SHORT, groups=self.streams * d_model)
         self.filter = Filter(cfg, self.filters * d_model)
         self.bias = nn.Parameter(torch.randn(self.filters, d_model))
-        self.out_proj = nn.Linear(d_model, d_model)
+        self.out_proj = Linear(d_model, d_model)
 
     def init_state(self, batch: int) -> State:
         """Nothing heard yet."""

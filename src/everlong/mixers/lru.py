@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.diagonal_scan import diagonal_scan, diagonal_scan_step
+from ..ops.linear import Linear, linear
 from ..shapes import state_dtype
 from ..state import state
 from . import base
@@ -54,7 +55,7 @@ class LRU(base.Mixer):
         self.B = nn.Parameter(torch.empty(self.d_state, 2, d_model))  # real and imaginary parts
         self.C = nn.Parameter(torch.empty(d_model, self.d_state, 2))
         self.D = nn.Parameter(torch.empty(d_model))
-        self.out_proj = nn.Linear(d_model, 2 * d_model)
+        self.out_proj = Linear(d_model, 2 * d_model)
         self._initialise()
 
     @torch.no_grad()
@@ -77,14 +78,14 @@ class LRU(base.Mixer):
         """gamma B u [... N] complex, and log lambda [N], both computed in fp32 or fp64."""
         wide = state_dtype(u)
         nu, theta, gamma, B = (p.to(wide) for p in (self.nu_log, self.theta_log, self.gamma_log, self.B))
-        inputs = F.linear(u.to(wide), (gamma.exp()[:, None, None] * B).flatten(0, 1))
+        inputs = linear(u.to(wide), (gamma.exp()[:, None, None] * B).flatten(0, 1))
         return torch.view_as_complex(inputs.to(wide).unflatten(-1, (-1, 2))), torch.complex(-nu.exp(), theta.exp())
 
     def _finish(self, h: Tensor, u: Tensor) -> Tensor:
         """Re(C h) + D u, then GELU and GLU."""
         parts = torch.view_as_real(h).flatten(-2)
         C = self.C.to(parts.dtype)
-        y = F.linear(parts, torch.stack([C[..., 0], -C[..., 1]], dim=-1).flatten(1)) + self.D.to(parts.dtype) * u
+        y = linear(parts, torch.stack([C[..., 0], -C[..., 1]], dim=-1).flatten(1)) + self.D.to(parts.dtype) * u
         return F.glu(self.out_proj(F.gelu(y.to(u.dtype))), dim=-1)
 
     def forward(self, x: Tensor, state: Any = None, *, starts: Tensor | None = None) -> tuple[Tensor, State]:

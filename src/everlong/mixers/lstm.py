@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from ..ops.linear import linear
 from ..ops.lstm_scan import lstm_scan, lstm_scan_step
 from ..state import state
 from . import base
@@ -48,7 +48,7 @@ class LSTM(base.Mixer):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Pre-activations [... 4 D] without the recurrent part, and the recurrent weights [4 D D]."""
-        pre = F.linear(x, self.weight_ih, self.bias_ih + self.bias_hh)
+        pre = linear(x, self.weight_ih, self.bias_ih + self.bias_hh)
         return pre.unflatten(-1, (4, -1)), self.weight_hh.unflatten(0, (4, -1))
 
     def forward(self, x: Tensor, state: Any = None, *, starts: Tensor | None = None) -> tuple[Tensor, State]:

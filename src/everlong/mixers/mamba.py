@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..config import suggest
 from ..ops.gate import gate
+from ..ops.linear import Linear, linear
 from ..ops.selective_scan import selective_scan, selective_scan_step
 from ..ops.short_conv import short_conv, short_conv_step
 from ..shapes import state_dtype
@@ -32,6 +32,8 @@ class Mamba(base.Mixer):
 
     equation = "h = exp(dt A) h + dt x Bᵀ,  A diagonal per channel"
     no_decay = ("A_log", "D", "dt_proj.bias")
+    full_precision = ("dt_proj",)
+    int8_at_least = ("x_proj",)
 
     @dataclass(frozen=True, kw_only=True)
     class Config(base.Config):
@@ -61,13 +63,13 @@ class Mamba(base.Mixer):
             raise ValueError(f"norms = {cfg.norms!r} is not a choice{suggest(cfg.norms, NORMS)}")
         channels = int(cfg.expand * d_model)
         self.rank = math.ceil(d_model / 16) if cfg.dt_rank is None else cfg.dt_rank
-        self.in_proj = nn.Linear(d_model, 2 * channels, bias=cfg.bias)
+        self.in_proj = Linear(d_model, 2 * channels, bias=cfg.bias)
         self.conv1d = nn.Conv1d(channels, channels, cfg.d_conv, groups=channels, bias=cfg.conv_bias)
-        self.x_proj = nn.Linear(channels, self.rank + 2 * cfg.d_state, bias=False)
-        self.dt_proj = nn.Linear(self.rank, channels)
+        self.x_proj = Linear(channels, self.rank + 2 * cfg.d_state, bias=False)
+        self.dt_proj = Linear(self.rank, channels)
         self.A_log = nn.Parameter(torch.arange(1.0, cfg.d_state + 1).log().repeat(channels, 1))
         self.D = nn.Parameter(torch.ones(channels))
-        self.out_proj = nn.Linear(channels, d_model, bias=cfg.bias)
+        self.out_proj = Linear(channels, d_model, bias=cfg.bias)
         widths = (self.rank, cfg.d_state, cfg.d_state)
         norms = [base.RMSNorm(n, eps=cfg.norm_eps) if cfg.norms == "rms" else nn.Identity() for n in widths]
         self.dt_layernorm, self.b_layernorm, self.c_layernorm = norms
@@ -92,12 +94,11 @@ class Mamba(base.Mixer):
         return {"weight": self.conv1d.weight[:, 0], "bias": self.conv1d.bias, "activation": "silu"}
 
     def _select(self, x: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The inputs of the scan that depend on the token (dt is computed in fp32), and those that do not."""
+        """The inputs of the scan that depend on the token (dt before its bias and softplus), and those that do not."""
         low, B, C = self.x_proj(x).split([self.rank, self.cfg.d_state, self.cfg.d_state], dim=-1)
-        wide = state_dtype(x)
-        steps = F.linear(self.dt_layernorm(low), self.dt_proj.weight).to(wide) + self.dt_proj.bias.to(wide)
-        tokens = {"x": x, "dt": F.softplus(steps), "B": self.b_layernorm(B), "C": self.c_layernorm(C)}
-        return tokens, {"A": -self.A_log.to(wide).exp(), "D": self.D}
+        dt = linear(self.dt_layernorm(low), self.dt_proj.weight)
+        tokens = {"x": x, "dt": dt, "B": self.b_layernorm(B), "C": self.c_layernorm(C)}
+        return tokens, {"A": -self.A_log.to(state_dtype(x)).exp(), "D": self.D, "dt_bias": self.dt_proj.bias}
 
     def forward(self, x: Tensor, state: Any = None, *, starts: Tensor | None = None) -> tuple[Tensor, State]:
         """x [B T D] -> y [B T D], state."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.gated_norm import gated_norm
+from ..ops.linear import Linear
 from ..ops.linear_attention import linear_attention, linear_attention_step
 from ..ops.short_conv import short_conv, short_conv_step
 from ..shapes import state_dtype
@@ -74,15 +75,19 @@ class Mamba2(base.Mixer):
         base.split_heads(self.n_heads, cfg.n_groups)
         self.keys = cfg.n_groups * cfg.d_state
         mixed = self.channels + 2 * self.keys
-        self.in_proj = nn.Linear(d_model, self.channels + mixed + self.n_heads, bias=cfg.bias)
+        self.in_proj = Linear(d_model, self.channels + mixed + self.n_heads, bias=cfg.bias)
         self.conv1d = nn.Conv1d(mixed, mixed, cfg.d_conv, groups=mixed, bias=cfg.conv_bias)
         self.dt_bias = nn.Parameter(base.dt_bias(self.n_heads, cfg.dt_min, cfg.dt_max))
         self.A_log = nn.Parameter(torch.empty(self.n_heads).uniform_(cfg.A_min, cfg.A_max).log())
         self.D = nn.Parameter(torch.ones(self.n_heads))
         self.norm = GatedNorm(self.channels, cfg.n_groups, cfg.norm_eps)
-        self.out_proj = nn.Linear(self.channels, d_model, bias=cfg.bias)
+        self.out_proj = Linear(self.channels, d_model, bias=cfg.bias)
         with torch.no_grad():
             self.out_proj.weight /= math.sqrt(depth.total)
+
+    def step_outputs(self) -> dict[str, int]:
+        """dt, the last of what ``in_proj`` gives."""
+        return {"in_proj": self.n_heads}
 
     def init_state(self, batch: int) -> State:
         """Zeros: no inputs yet, no memory."""

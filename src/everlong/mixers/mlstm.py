@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..ops.common import log_sigmoid
 from ..ops.gate import gate
+from ..ops.linear import Linear
 from ..ops.linear_attention import linear_attention, linear_attention_step
 from ..ops.max_plus_scan import max_plus_scan, max_plus_scan_step
 from ..ops.norm import norm
@@ -60,6 +61,8 @@ class MLSTM(base.Mixer):
         memory: Tensor  # [B H K V+1] fp32, C and n, both divided by exp(m)
         m: Tensor  # [B H] fp32
 
+    full_precision = ("gates",)
+
     def __init__(self, cfg: Config, d_model: int, depth: base.Depth = base.Depth()) -> None:
         super().__init__(cfg, d_model, depth)
         inner = 64 * math.ceil(cfg.expand * d_model / 64)
@@ -67,13 +70,13 @@ class MLSTM(base.Mixer):
         if cfg.block < 1 or inner % cfg.block:
             raise ValueError(f"inner width {inner} cannot be split into blocks of {cfg.block}; choose a power of two")
         blocks = (inner // cfg.block, cfg.block, cfg.block)
-        self.up_proj = nn.Linear(d_model, 2 * inner, bias=False)
+        self.up_proj = Linear(d_model, 2 * inner, bias=False)
         self.conv = nn.Conv1d(inner, inner, cfg.conv_width, groups=inner)
         self.q_weight, self.k_weight, self.v_weight = (nn.Parameter(torch.empty(blocks)) for _ in range(3))
-        self.gates = nn.Linear(3 * inner, 2 * cfg.n_heads)  # i~ of all heads, then f~
+        self.gates = Linear(3 * inner, 2 * cfg.n_heads)  # i~ of all heads, then f~
         self.norm_weight = nn.Parameter(torch.ones(inner))
         self.skip = nn.Parameter(torch.ones(inner))
-        self.down_proj = nn.Linear(inner, d_model, bias=False)
+        self.down_proj = Linear(inner, d_model, bias=False)
         self.reset_parameters()
 
     @torch.no_grad()

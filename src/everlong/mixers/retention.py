@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.gated_norm import gated_norm
+from ..ops.linear import Linear
 from ..ops.linear_attention import linear_attention, linear_attention_step
 from ..state import state
 from . import base
@@ -50,11 +51,11 @@ class Retention(base.Mixer):
                 f"each head has {self.head_k} keys, expected an even number to rotate in pairs; "
                 f"choose another n_heads than {cfg.n_heads}"
             )
-        self.q_proj = nn.Linear(d_model, d_model, bias=False)
-        self.k_proj = nn.Linear(d_model, d_model, bias=False)
-        self.v_proj = nn.Linear(d_model, values, bias=False)
-        self.gate_proj = nn.Linear(d_model, values, bias=False)
-        self.out_proj = nn.Linear(values, d_model, bias=False)
+        self.q_proj = Linear(d_model, d_model, bias=False)
+        self.k_proj = Linear(d_model, d_model, bias=False)
+        self.v_proj = Linear(d_model, values, bias=False)
+        self.gate_proj = Linear(d_model, values, bias=False)
+        self.out_proj = Linear(values, d_model, bias=False)
         for proj in (self.q_proj, self.k_proj, self.v_proj, self.gate_proj):
             nn.init.xavier_uniform_(proj.weight, gain=2**-2.5)
         nn.init.xavier_uniform_(self.out_proj.weight, gain=2**-1)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from ..ops.common import segsum
 from ..ops.diagonal_scan import diagonal_scan, diagonal_scan_step
 from ..ops.gate import gate
+from ..ops.linear import Linear
 from ..ops.short_conv import short_conv, short_conv_step
 from ..state import state
 from . import base
@@ -59,8 +60,8 @@ class RGLRU(base.Mixer):
         super().__init__(cfg, d_model, depth)
         self.width = cfg.width or d_model
         block = base.split_heads(self.width, cfg.n_heads)
-        self.linear_x, self.linear_y = nn.Linear(d_model, self.width), nn.Linear(d_model, self.width)
-        self.linear_out = nn.Linear(self.width, d_model)
+        self.linear_x, self.linear_y = Linear(d_model, self.width), Linear(d_model, self.width)
+        self.linear_out = Linear(self.width, d_model)
         self.conv_weight = nn.Parameter(torch.empty(self.width, cfg.conv_width))
         self.conv_bias = nn.Parameter(torch.empty(self.width))
         self.input_gate_weight = nn.Parameter(torch.empty(cfg.n_heads, block, block))

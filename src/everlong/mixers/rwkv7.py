@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from ..ops.common import previous
 from ..ops.delta_rule import delta_rule, delta_rule_step
+from ..ops.linear import Linear, linear
 from ..ops.norm import norm
 from ..shapes import state_dtype
 from ..state import state
@@ -48,7 +49,7 @@ class LoRA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [... D] -> [... D]; with a bias in fp32, or fp64 for fp64, as gates are."""
-        y = self.act(x @ self.down) @ self.up
+        y = linear(self.act(linear(x, self.down.t())), self.up.t())
         if self.bias is None:
             return y
         dtype = state_dtype(x)
@@ -95,9 +96,7 @@ class RWKV7(base.Mixer):
         self.k_k, self.k_a = nn.Parameter(0.71 - 0.1 * _ramp(d_model)), nn.Parameter(torch.full((d_model,), 1.02))
         self.r_k = nn.Parameter(torch.full((self.n_heads, cfg.head_size), -0.04))
         self._make_loras()
-        self.r_proj, self.k_proj, self.v_proj, self.out_proj = (
-            nn.Linear(d_model, d_model, bias=False) for _ in range(4)
-        )
+        self.r_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(d_model, d_model, bias=False) for _ in range(4))
         self.norm_weight = nn.Parameter(torch.full((d_model,), ((1 + depth.layer) / depth.total) ** 0.7))
         self.norm_bias = nn.Parameter(torch.zeros(d_model))
         for proj, bound in ((self.r_proj, 0.5), (self.k_proj, 0.05), (self.v_proj, 0.5), (self.out_proj, 0.0)):

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ..config import suggest
 from ..ops.diagonal_ssm import diagonal_ssm, diagonal_ssm_step
+from ..ops.linear import Linear
 from ..shapes import state_dtype
 from ..state import state
 from . import base
@@ -54,7 +55,7 @@ class S4D(base.Mixer):
         self.A_imag = nn.Parameter(poles.imag.float().repeat(d_model, 1))
         self.C = nn.Parameter(torch.randn(d_model, half, 2) * (size.float()[:, None] / math.sqrt(2)))
         self.D = nn.Parameter(torch.randn(d_model))
-        self.out_proj = nn.Linear(d_model, 2 * d_model)
+        self.out_proj = Linear(d_model, 2 * d_model)
 
     def init_state(self, batch: int) -> State:
         """Zeros."""

@@ -16,6 +16,7 @@ from .. import config
 from ..config import suggest
 from ..mixers import base
 from ..ops.gate import ACTIVATIONS, check_activation, gate
+from ..ops.linear import Linear
 from ..ops.norm import STYLES, norm
 
 
@@ -105,8 +106,8 @@ class SwiGLU(FeedForward):
     def __init__(self, cfg: Config, d_model: int, depth: base.Depth = base.Depth()) -> None:
         super().__init__(cfg, d_model, depth)
         hidden = _hidden(cfg, d_model)
-        self.in_proj = nn.Linear(d_model, 2 * hidden, bias=cfg.bias)  # gate, then value
-        self.out_proj = nn.Linear(hidden, d_model, bias=cfg.bias)
+        self.in_proj = Linear(d_model, 2 * hidden, bias=cfg.bias)  # gate, then value
+        self.out_proj = Linear(hidden, d_model, bias=cfg.bias)
         _initialise(self.in_proj, self.out_proj, depth)
 
     def transform(self, x: Tensor) -> Tensor:
@@ -133,8 +134,8 @@ class MLP(FeedForward):
     def __init__(self, cfg: Config, d_model: int, depth: base.Depth = base.Depth()) -> None:
         super().__init__(cfg, d_model, depth)
         hidden = _hidden(cfg, d_model)
-        self.in_proj = nn.Linear(d_model, hidden, bias=cfg.bias)
-        self.out_proj = nn.Linear(hidden, d_model, bias=cfg.bias)
+        self.in_proj = Linear(d_model, hidden, bias=cfg.bias)
+        self.out_proj = Linear(hidden, d_model, bias=cfg.bias)
         _initialise(self.in_proj, self.out_proj, depth)
 
     def transform(self, x: Tensor) -> Tensor:

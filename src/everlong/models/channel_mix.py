@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ..mixers import base
 from ..ops.common import previous
+from ..ops.linear import Linear
 from ..state import state
 
 
@@ -37,8 +38,8 @@ class ChannelMix(base.Mixer):
         hidden = cfg.hidden or int(cfg.expand * d_model)
         share = (1 - depth.layer / depth.total) ** 4
         self.mix = nn.Parameter(1 - (torch.arange(d_model) / d_model) ** share)
-        self.in_proj = nn.Linear(d_model, hidden, bias=False)
-        self.out_proj = nn.Linear(hidden, d_model, bias=False)
+        self.in_proj = Linear(d_model, hidden, bias=False)
+        self.out_proj = Linear(hidden, d_model, bias=False)
         nn.init.uniform_(self.in_proj.weight, -0.5 * d_model**-0.5, 0.5 * d_model**-0.5)
         nn.init.zeros_(self.out_proj.weight)
 

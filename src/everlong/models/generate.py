@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import state as states
 from ..state import state
 from ..tokenizer import Tokenizer
+from .decode import Decoder
 from .lm import LanguageModel
 
 COLD = 1e-6  # temperatures below take the most likely token: dividing by them would overflow
@@ -57,7 +58,7 @@ class Session:
 
 def new_session(model: LanguageModel, batch: int = 1) -> Session:
     """An empty session, of the shapes of ``model``; what ``state.load`` needs as ``like``."""
-    weight = model.embedding.weight
+    weight = model.norm.weight
     logits = torch.zeros(batch, model.cfg.vocab_size, dtype=weight.dtype, device=weight.device)
     return Session(state=model.init_state(batch), logits=logits)
 
@@ -107,7 +108,7 @@ class generate(Iterator[int]):
         piece: int = 2048,
     ) -> None:
         self.model, self.sampling, self.left, self.stop_ids = model, sampling, max_tokens, set(stop_ids)
-        device = model.embedding.weight.device
+        device = model.norm.weight.device
         tokens = _ids(prompt).to(device)[None]
         if session is not None:
             states.check_like(session, new_session(model, 0), 1, "session")
@@ -116,11 +117,12 @@ class generate(Iterator[int]):
         self._check(tokens)
         before: Any = None if session is None else session.state
         if tokens.numel():
-            self._logits, self._state = model.read(tokens, before, piece=piece)
+            self._logits, before = model.read(tokens, before, piece=piece)
         else:
             assert session is not None
-            self._logits, self._state = session.logits, before
-        self._state = states.map_leaves(torch.clone, self._state)  # owned: written in place from here on
+            self._logits = session.logits
+        self._decoder = Decoder(model)
+        self._decoder.load(before)
         self._seen = torch.zeros(model.cfg.vocab_size, dtype=torch.bool, device=device)
         self._seen[tokens[0]] = True
         self._generator = None if sampling.seed is None else torch.Generator(device).manual_seed(sampling.seed)
@@ -136,7 +138,8 @@ class generate(Iterator[int]):
     @property
     def session(self) -> Session:
         """The state after all tokens yielded so far; a copy, so going on does not change it."""
-        return Session(state=states.map_leaves(torch.clone, self._state), logits=self._logits.clone())
+        dtype = self.model.embedding.weight.dtype
+        return Session(state=self._decoder.state(), logits=self._logits.to(dtype, copy=True))
 
     @torch.no_grad()
     def __next__(self) -> int:
@@ -148,7 +151,7 @@ class generate(Iterator[int]):
             raise StopIteration
         self.left -= 1
         self._seen[token] = True
-        self._logits, self._state = self.model.step_(torch.tensor([token], device=self._seen.device), self._state)
+        self._logits = self._decoder.step(torch.tensor([token], device=self._seen.device))
         return token
 
     def _draw(self) -> int:

@@ -6,6 +6,7 @@ the pytree of the layers' states and the position of each row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +18,10 @@ from torch.utils.checkpoint import checkpoint
 from .. import config, shapes
 from .. import state as states
 from ..mixers import base
+from ..ops.linear import Linear, linear
 from ..state import state
 from .blocks import Layer, Norm
+from .packed import PackedEmbedding, PackedLinear
 
 LOSS_LOGITS = 2**24  # logits held at once by the loss
 
@@ -67,6 +70,8 @@ class LanguageModel(nn.Module):
         layers: tuple[Any, ...]
         position: Tensor  # [B] int64, tokens since the start of the row's document
 
+    weights: str | None = None  # "int8" or "int4" where the model is quantised (see ``quantize``)
+
     def __init__(self, cfg: Config) -> None:
         super().__init__()
         self.cfg = cfg
@@ -78,9 +83,15 @@ class LanguageModel(nn.Module):
             layer.build(cfg.d_model, base.Depth(index, total)) for index, layer in enumerate(cfg.layers)
         )
         self.norm = cfg.norm.build(cfg.d_model)
-        self.head = None if cfg.tied else nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        self.head = None if cfg.tied else Linear(cfg.d_model, cfg.vocab_size, bias=False)
         if self.head is not None:
             nn.init.normal_(self.head.weight, std=0.02)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        for module in self.modules():  # before anything is converted
+            if isinstance(module, PackedLinear):
+                module.check_move(fn)
+        return super()._apply(fn, recurse)
 
     @property
     def memory(self) -> str:
@@ -90,7 +101,7 @@ class LanguageModel(nn.Module):
 
     def init_state(self, batch: int) -> State:
         """The state before the first token, for ``batch`` rows."""
-        position = torch.zeros(batch, dtype=torch.int64, device=self.embedding.weight.device)
+        position = torch.zeros(batch, dtype=torch.int64, device=self.norm.weight.device)
         return self.State(layers=tuple(layer.init_state(batch) for layer in self.layers), position=position)
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -113,8 +124,12 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [... D] -> logits [... vocab]."""
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        logits = F.linear(hidden, weight)
+        if self.head is not None:
+            logits = self.head(hidden)
+        elif isinstance(self.embedding, PackedEmbedding):
+            logits = self.embedding.logits(hidden)
+        else:
+            logits = linear(hidden, self.embedding.weight)
         cap = self.cfg.logit_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

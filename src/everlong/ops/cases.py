@@ -46,3 +46,9 @@ SIZES = [
     Case("long", batch=1, time=4096, heads=1, keys=16, values=16),
 ]
 CASES = [*LENGTHS, *GATES, *SIZES]
+TIMED = [  # sizes of real layers, for the benchmarks
+    Case("mamba-130m", batch=1, time=2048, heads=24, keys=16, values=64),
+    Case("mamba2-130m", batch=1, time=2048, heads=24, keys=128, values=64),
+    Case("rwkv7-0.1b", batch=1, time=2048, heads=12, keys=64, values=64),
+    Case("training", batch=4, time=512, heads=4, keys=64, values=64),
+]

@@ -24,6 +24,7 @@ from .cases import Case
 from .common import chunk_size, heads_first, heads_last, loop, suffix_sum
 from .decay import decayed
 from .key_decay import Decayed, decay_pairs
+from .record import leaf
 
 SEQUENCE = ("q", "k", "v", "a", "b", "g")
 CHUNK = 64
@@ -39,6 +40,7 @@ def gated(k: Tensor, beta: Tensor, g: Tensor) -> dict[str, Tensor]:
     return {"k": beta[..., None] * k, "a": -g.exp()[..., None].to(k.dtype) * k, "g": g}
 
 
+@leaf
 def delta_rule_step(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor | None = None, g: Tensor | None = None, *, state: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -20,11 +20,14 @@ from .cases import Case
 from .common import chunk_size, heads_first, heads_last, loop, suffix_sum
 from .decay import decayed
 from .key_decay import decay_pairs
+from .native.linear_attention import linear_attention_native, refuse
+from .record import leaf
 
 SEQUENCE = ("q", "k", "v", "g")
 CHUNK = 64
 
 
+@leaf
 def linear_attention_step(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, *, bonus: Tensor | None = None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -152,6 +155,7 @@ def _per_key(
 
 
 TABLE = (
+    dispatch.Impl("native", linear_attention_native, refuse),
     dispatch.Impl("torch", linear_attention_chunk),
     dispatch.Impl("reference", linear_attention_reference),
 )

@@ -1,6 +1,7 @@
 """Selective scan (Mamba-1):  h_t = exp(dt_t A) h_{t-1} + (dt_t x_t) B_t^T,   y_t = h_t C_t (+ D x_t)   per channel.
 
-``x, dt [B T C]`` with ``dt > 0`` (after softplus), ``A [C K] <= 0``, ``D [C]``; ``B, C [B T K]`` are shared by all
+``x, dt [B T C]`` with ``dt > 0``, or with a ``dt_bias [C]`` any ``dt``, which then stands for
+``softplus(dt + dt_bias)``; ``A [C K] <= 0``, ``D [C]``; ``B, C [B T K]`` are shared by all
 channels. The state h is ``[B C K]``. B is discretised as ``dt B`` (Euler), as published weights expect, not by the
 zero-order hold of the paper's text. Source: arXiv 2312.00752, sec. 3.2-3.3 and algorithm 2.
 
@@ -15,30 +16,45 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..shapes import check_starts, dims, state_dtype
 from . import dispatch
 from .cases import Case
 from .common import loop
 from .native.selective_scan import refuse, selective_scan_native
+from .record import leaf
 
 SEQUENCE = ("x", "dt", "B", "C")
 TILE = 1 << 16  # states of the rows of one tile
 LOG2E = 1 / math.log(2)
 
 
+@leaf
 def selective_scan_step(
-    x: Tensor, dt: Tensor, B: Tensor, C: Tensor, *, A: Tensor, D: Tensor | None = None, state: Tensor
+    x: Tensor,
+    dt: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    A: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    state: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """One token, the definition. x, dt [B C], B, C [B K], A [C K], D [C], state [B C K] -> y [B C], state."""
+    """One token, the definition. x, dt [B C], B, C [B K], A [C K], D, dt_bias [C], state [B C K] -> y [B C], state."""
     dtype = state.dtype
-    wide, dt = x.to(dtype), dt.to(dtype)
+    wide, dt = x.to(dtype), _positive(dt.to(dtype), dt_bias)
     decay = (dt[..., None] * A.to(dtype)).exp()
     state = decay * state + (dt * wide)[..., None] * B.to(dtype)[:, None]
     y = torch.einsum("bck,bk->bc", state, C.to(dtype))
     if D is not None:
         y = y + D.to(dtype) * wide
     return y.to(x.dtype), state
+
+
+def _positive(dt: Tensor, dt_bias: Tensor | None) -> Tensor:
+    return dt if dt_bias is None else F.softplus(dt + dt_bias.to(dt.dtype))
 
 
 def selective_scan_reference(
@@ -49,12 +65,13 @@ def selective_scan_reference(
     *,
     A: Tensor,
     D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
     state: Tensor,
     starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loop over ``selective_scan_step``."""
     sequence: dict[str, Tensor | None] = {"x": x, "dt": dt, "B": B, "C": C}
-    return loop(selective_scan_step, sequence, A=A, D=D, state=state, starts=starts)
+    return loop(selective_scan_step, sequence, A=A, D=D, dt_bias=dt_bias, state=state, starts=starts)
 
 
 def selective_scan_chunk(
@@ -65,12 +82,14 @@ def selective_scan_chunk(
     *,
     A: Tensor,
     D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
     state: Tensor,
     starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Chunks one after the other; inside a chunk all but one multiply-add per token is done for all tokens at once."""
     dtype = state.dtype
     wide, dt, B, C, A = (tensor.to(dtype) for tensor in (x, dt, B, C, A))
+    dt = _positive(dt, dt_bias)
     u = dt * wide
     tensors = (dt, u, A, B, C, state)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
@@ -289,39 +308,46 @@ def selective_scan(
     *,
     A: Tensor,
     D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
     state: Tensor | None = None,
     starts: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Selective scan (see the module for the equations).
 
-    x, dt [B T C] with ``dt > 0``, B, C [B T K], A [C K] ``<= 0``, D [C], state [B C K] in fp32 or fp64,
-    starts bool [B T]. Returns y [B T C] in the dtype of x, and the final state. ``ValueError`` for shapes or
-    dtypes that do not fit.
+    x, dt [B T C] with ``dt > 0`` unless there is a dt_bias [C], B, C [B T K], A [C K] ``<= 0``, D [C],
+    state [B C K] in fp32 or fp64, starts bool [B T]. Returns y [B T C] in the dtype of x, and the final state.
+    ``ValueError`` for shapes or dtypes that do not fit.
     """
-    batch, time, channels, keys = dims("x B T C, dt B T C, B B T K, C B T K, A C K, D C", x, dt, B, C, A, D)
+    spec = "x B T C, dt B T C, B B T K, C B T K, A C K, D C, dt_bias C"
+    batch, time, channels, keys = dims(spec, x, dt, B, C, A, D, dt_bias)
     check_starts(starts, batch, time)
     if state is None:
         state = x.new_zeros(batch, channels, keys, dtype=state_dtype(x))
     dims("x B T C, A C K, state B C K", x, A, state)
-    return dispatch.run(TABLE, dict(x=x, dt=dt, B=B, C=C, A=A, D=D, state=state, starts=starts), backend)
+    inputs = dict(x=x, dt=dt, B=B, C=C, A=A, D=D, dt_bias=dt_bias, state=state, starts=starts)
+    return dispatch.run(TABLE, inputs, backend)
 
 
 def inputs(case: Case) -> dict[str, Tensor | None]:
-    """Random inputs for tests and benchmarks: ``heads * values`` channels, with and without D; ``dt A`` is the gate."""
+    """Random inputs for tests and benchmarks: ``heads * values`` channels; ``dt A`` is the gate. See VARIANTS."""
     channels = case.heads * case.values
     tokens = (case.batch, case.time)
     dt, A = -case.log_decay(*tokens, channels), -torch.rand(channels, case.keys, dtype=case.dtype)
     if case.gate is not None:
         dt, A = torch.full_like(dt, 0.5), torch.full_like(A, 2 * case.gate)
+    bias = case.randn(channels) if case.variant == "softplus" else None
+    if bias is not None:  # the dt whose softplus is the one above
+        dt = dt + torch.log(-torch.expm1(-dt)) - bias
     return dict(
         x=case.randn(*tokens, channels),
         dt=dt,
         B=case.randn(*tokens, case.keys),
         C=case.randn(*tokens, case.keys),
         A=A,
-        D=case.randn(channels) if case.variant == "D" else None,
+        D=None if case.variant == "no D" else case.randn(channels),
+        dt_bias=bias,
     )
 
 
-VARIANTS = ("D", "no D")
+VARIANTS = ("D", "no D", "softplus")

@@ -20,11 +20,13 @@ from . import dispatch
 from .cases import Case
 from .common import loop
 from .native import short_conv as native
+from .record import leaf
 
 SEQUENCE = ("x",)
 TILE = 1 << 17  # numbers of one tile of rows
 
 
+@leaf
 def short_conv_step(
     x: Tensor, *, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, state: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -31,11 +31,12 @@ from .measures import (
     number,
     size,
     title,
+    titles,
 )
-from .plots import figures, looks
+from .plots import Figure, Look, figures, looks
 from .verdict import caveats, first_places, headline, verdict
 
-_FILES = ("report.html.j2", "report.css", "report.js")
+_SHARED = ("base.html.j2", "parts.html.j2", "report.css", "report.js")
 _MEMORY = {
     "constant": "state of constant size",
     "window": "state bounded by a window",
@@ -50,20 +51,30 @@ def write_report(results: Results, path: Path) -> None:
 
 def render(results: Results) -> str:
     """The page as text."""
+    return fill(
+        "report.html.j2", figures(results), looks(results), titles(results), {"verb": "compare", **_page(results)}
+    )
+
+
+def fill(
+    template: str, plots: list[Figure], looks: dict[str, Look], names: dict[str, str], page: dict[str, Any]
+) -> str:
+    """A page from a template beside this file: its plots, the looks and titles of what they draw, and the rest."""
     folder = resources.files(__package__)
-    sources = {name: folder.joinpath(name).read_text(encoding="utf-8") for name in _FILES}
+    sources = {name: folder.joinpath(name).read_text(encoding="utf-8") for name in (*_SHARED, template)}
     environment = Environment(
         loader=DictLoader(sources), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["tidy"] = tidy
-    plots = figures(results)
-    return environment.get_template("report.html.j2").render(
+    return environment.get_template(template).render(
         style=Markup(sources["report.css"]),
         script=Markup(sources["report.js"]),
         plotly=Markup(_plotly()),
-        data=embed({"looks": looks(results), "titles": {m["name"]: title(m) for m in models(results)}, "plots": plots}),
+        data=embed({"looks": looks, "titles": names, "plots": plots}),
         plots=plots,
-        **_page(results),
+        looks=looks,
+        names=names,
+        **page,
     )
 
 
@@ -112,11 +123,9 @@ def _page(results: Results) -> dict[str, Any]:
     return {
         "heading": _heading(results),
         "headline": headline(results),
-        "facts": _facts(results),
+        "facts": facts(results),
         "notice": _notice(results),
         "models": [_introduce(model) for model in models(results)],
-        "looks": looks(results),
-        "names": {model["name"]: title(model) for model in models(results)},
         "findings": found,
         "reasons": [finding for finding in found if finding["kind"] not in ("missing", "only")],
         "lonely": [finding["need"] for finding in found if finding["kind"] == "only"],
@@ -141,7 +150,7 @@ def _heading(results: Results) -> str:
     return f"{word} architecture{'s' if count != 1 else ''}, one text, equal terms"
 
 
-def _facts(results: Results) -> list[str]:
+def facts(results: Results) -> list[str]:
     """The line under the finding: when, on what machine, trained on how much."""
     machine, settings = results.get("machine") or {}, results.get("settings") or {}
     tokens = number(settings.get("train_tokens"))
@@ -252,9 +261,9 @@ def _made(results: Results) -> list[tuple[str, list[tuple[str, str]]]]:
     noise = {measure.need: f"within {measure.noise()}" for measure in MEASURES}
     noise["Memory of a session"] = f"compared at the measured length nearest to {SESSION_TOKENS:,} tokens"
     return [
-        ("Settings", _terms({**settings, **spent})),
-        ("Machine and versions", _terms(machine)),
-        ("What counts as a tie", _terms(noise)),
+        ("Settings", terms({**settings, **spent})),
+        ("Machine and versions", terms(machine)),
+        ("What counts as a tie", terms(noise)),
     ]
 
 
@@ -275,7 +284,8 @@ _LABELS = {
 }
 
 
-def _terms(values: dict[str, Any]) -> list[tuple[str, str]]:
+def terms(values: dict[str, Any]) -> list[tuple[str, str]]:
+    """Names for people, and values as they write them; what is None is left out."""
     return [(_LABELS.get(key, key), _term(key, value)) for key, value in values.items() if value is not None]
 
 

@@ -31,7 +31,7 @@ from .measures import (
 Look = dict[str, str]
 Figure = dict[str, Any]
 
-_LOOKS: tuple[tuple[str, str, str, str], ...] = (  # light, dark, marker, dash
+LOOKS: tuple[tuple[str, str, str, str], ...] = (  # light, dark, marker, dash
     ("#3f4752", "#d5dae1", "circle", "dash"),
     ("#2f96cf", "#74c3f2", "triangle-up", "solid"),
     ("#0b4f94", "#4d8fe0", "square", "solid"),
@@ -51,14 +51,14 @@ def looks(results: Results) -> dict[str, Look]:
     """Name of each model -> its colour in light and in dark, marker and dash. Known names keep theirs."""
     names = [model["name"] for model in models(results)]
     taken = {_HOME[name] for name in names if name in _HOME}
-    free = [i for i in range(len(_LOOKS)) if i not in taken] or list(range(len(_LOOKS)))
+    free = [i for i in range(len(LOOKS)) if i not in taken] or list(range(len(LOOKS)))
     chosen, fresh = {}, 0
     for name in names:
         if name not in _HOME:
             index, fresh = free[fresh % len(free)], fresh + 1
         else:
             index = _HOME[name]
-        chosen[name] = dict(zip(("light", "dark", "marker", "dash"), _LOOKS[index], strict=True))
+        chosen[name] = dict(zip(("light", "dark", "marker", "dash"), LOOKS[index], strict=True))
     return chosen
 
 
@@ -84,7 +84,7 @@ def _line(
     }
 
 
-def _axis(label: str, values: Sequence[float], *, show: Callable[[float], str] | None = None) -> dict[str, Any]:
+def line_axis(label: str, values: Sequence[float], *, show: Callable[[float], str] | None = None) -> dict[str, Any]:
     """An axis with ticks at the values themselves (on a log scale) where ``show`` is given."""
     axis: dict[str, Any] = {"title": label}
     if show is None:
@@ -99,7 +99,7 @@ def _wide(values: Sequence[float]) -> bool:
     return min(values) > 0 and max(values) / min(values) > _CALM
 
 
-def _upright(label: str, values: Sequence[float], show: Callable[[float], str]) -> dict[str, Any]:
+def upright(label: str, values: Sequence[float], show: Callable[[float], str]) -> dict[str, Any]:
     """The vertical axis of a speed: from zero, or on a log scale with ticks at 1, 2, 5 where values lie far apart."""
     if not _wide(values):
         return {"title": label, "zero": True}
@@ -200,9 +200,9 @@ def _by_length(results: Results) -> Figure | None:
     figure = _plot(
         "length", "Beyond the training length", told, rows, bits, "bits per byte", "length of the text, tokens"
     )
-    figure["x"] = _axis("length of the text, tokens", _all_x(rows), show=lambda x: f"{short(x)} ({x / context:g}×)")
+    figure["x"] = line_axis("length of the text, tokens", _all_x(rows), show=lambda x: f"{short(x)} ({x / context:g}×)")
     if _wide(_all_y(rows)):
-        figure["y"] = _upright("bits per byte", _all_y(rows), lambda y: f"{y:g}")
+        figure["y"] = upright("bits per byte", _all_y(rows), lambda y: f"{y:g}")
     return figure
 
 
@@ -218,7 +218,7 @@ def _recall(results: Results) -> Figure | None:
     if trained:
         told += f" Training had up to {trained:,.0f} pairs."
     figure = _plot("recall", "Recall from the context", told, rows, percent, "", "pairs in the context")
-    figure["x"] = _axis("pairs in the context", _all_x(rows), show=short)
+    figure["x"] = line_axis("pairs in the context", _all_x(rows), show=short)
     figure["y"] = {"title": "answers right", "range": [-0.03, 1.03], "percent": True}
     chance = max((entry(model, "recall", "chance") or 0.0 for model, _ in rows), default=0.0)
     figure["lines"] = [{"y": chance, "text": f"guessing, {100 * chance:.1f} %"}]
@@ -252,8 +252,8 @@ def _prefill(results: Results) -> Figure | None:
         "speed; attention slows down as the prompt grows."
     )
     figure = _plot("prefill", "Reading a prompt", told, rows, comma, "tokens/s", "length of the prompt, tokens")
-    figure["x"] = _axis("length of the prompt, tokens", _all_x(rows), show=short)
-    figure["y"] = _upright("tokens/s", _all_y(rows), comma)
+    figure["x"] = line_axis("length of the prompt, tokens", _all_x(rows), show=short)
+    figure["y"] = upright("tokens/s", _all_y(rows), comma)
     return figure
 
 
@@ -273,8 +273,8 @@ def _decode(results: Results) -> Figure | None:
         series["band"] = [band.get(x, y) for x, y in zip(series["x"], series["y"], strict=True)]
         tails = zip(series["hover"], series["x"], strict=True)
         series["hover"] = [f"{h}, P99 {milliseconds(band[x])}" if x in band else h for h, x in tails]
-    figure["x"] = _axis("tokens in the context", _all_x(rows), show=short)
-    figure["y"] = _upright("ms per token", [*_all_y(rows), *_all_y(slow)], milliseconds)
+    figure["x"] = line_axis("tokens in the context", _all_x(rows), show=short)
+    figure["y"] = upright("ms per token", [*_all_y(rows), *_all_y(slow)], milliseconds)
     return figure
 
 

@@ -38,12 +38,13 @@
     };
   }
 
-  function bar(series, colour, colours) {
+  function bar(series, colour, colours, plot) {
     return {
       type: "bar", orientation: "h", x: series.x, y: series.y, name: titles[series.model], meta: series.model,
-      marker: { color: colour }, text: series.hover, textposition: "auto", insidetextanchor: "end", width: 0.62,
+      marker: { color: colour }, text: series.hover, textposition: plot.grouped ? "outside" : "auto", insidetextanchor: "end",
+      width: plot.grouped ? undefined : 0.62, offsetgroup: series.group,
       insidetextfont: { color: colours.page }, outsidetextfont: { color: colours.text }, textangle: 0, cliponaxis: false,
-      customdata: series.hover, hovertemplate: `${titles[series.model]}: %{customdata} tokens/s<extra></extra>`,
+      customdata: series.hover, hovertemplate: `${titles[series.model]}: %{customdata} ${plot.unit || "tokens/s"}<extra></extra>`,
     };
   }
 
@@ -53,7 +54,7 @@
     for (const series of plot.series) {
       const look = looks[series.model];
       const colour = dark ? look.dark : look.light;
-      if (series.mode === "bar") made.push(bar(series, colour, colours));
+      if (series.mode === "bar") made.push(bar(series, colour, colours, plot));
       else {
         if (series.band) made.push(band(series, colour));
         const trace = line(series, colour, look, colours);
@@ -78,6 +79,7 @@
     if (spec.range) made.range = spec.range;
     if (spec.percent) made.tickformat = ".0%";
     if (spec.zero) made.rangemode = "tozero";
+    if (spec.reversed) made.autorange = "reversed";
     return made;
   }
 
@@ -96,7 +98,7 @@
     if (bars) Object.assign(made.yaxis, { showgrid: false });
     else Object.assign(made.xaxis, {
       showgrid: false, showline: true, hoverformat: ",.6~g", spikecolor: colours.axis, spikethickness: 1, spikedash: "solid",
-      unifiedhovertitle: { text: `%{x:,.6~g} ${plot.key === "recall" ? "pairs" : "tokens"}` },
+      unifiedhovertitle: { text: plot.named ? "%{x}" : `%{x:,.6~g} ${plot.across || (plot.key === "recall" ? "pairs" : "tokens")}` },
     });
     for (const guide of plot.lines || []) {
       made.shapes.push({ type: "line", xref: "paper", x0: 0, x1: 1, y0: guide.y, y1: guide.y, line: { color: colours.text, width: 1.2, dash: "dot" } });
@@ -111,7 +113,10 @@
   };
 
   function draw(dark) {
-    for (const plot of plots) Plotly.react(`p-${plot.key}`, traces(plot, dark), layout(plot, dark), config);
+    for (const plot of plots) {
+      if (plot.height) document.getElementById(`p-${plot.key}`).style.height = `${plot.height}px`;
+      Plotly.react(`p-${plot.key}`, traces(plot, dark), layout(plot, dark), config);
+    }
   }
 
   function sortBy(table, heads, column) {

@@ -1,7 +1,8 @@
-"""C++ kernels for CPUs, built when the package is installed: AVX-512, AVX2 and portable, chosen at run time.
+"""C++ kernels for CPUs, built when the package is installed: AVX-512 (with bf16 and 8-bit dot products, or without),
+AVX2 and portable, chosen at run time.
 
 The libraries use the OpenMP runtime that PyTorch has already loaded, so that one process has one pool of threads.
-``EVERLONG_NATIVE`` names a build ("avx512", "avx2", "portable"), or "off".
+``EVERLONG_NATIVE`` names a build ("avx512bf16", "avx512", "avx2", "portable"), or "off".
 """
 
 from __future__ import annotations
@@ -10,35 +11,48 @@ import ctypes
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-BUILDS = ("avx512", "avx2", "portable")
+from ..record import recording
+
+BUILDS = ("avx512bf16", "avx512", "avx2", "portable")
 FOLDER = Path(__file__).parent
 
 
-def _load() -> ctypes.CDLL | str:
-    """The kernels for this machine, or the reason why there are none."""
+def _load() -> tuple[ctypes.CDLL | str, str | None]:
+    """The kernels for this machine, or the reason why there are none; and the name of the build."""
     wanted = os.environ.get("EVERLONG_NATIVE")
     if wanted == "off":
-        return "switched off by EVERLONG_NATIVE=off"
+        return "switched off by EVERLONG_NATIVE=off", None
     if wanted and wanted not in BUILDS:
-        return f"EVERLONG_NATIVE={wanted} names no build ({', '.join(BUILDS)}, off)"
+        return f"EVERLONG_NATIVE={wanted} names no build ({', '.join(BUILDS)}, off)", None
     for build in [wanted] if wanted else supported():
         path = FOLDER / f"_{build}.so"
         if path.exists():
             _share_openmp()
-            return ctypes.CDLL(str(path))
-    return "no kernels were built; install with a C++ compiler (g++ or clang++) present"
+            return ctypes.CDLL(str(path)), build
+    missing = "no kernels were built; install with a C++ compiler (g++ or clang++) present"
+    warnings.warn(f"everlong runs on its PyTorch forms, which are slower: {missing}, or from a wheel", stacklevel=2)
+    return missing, None
 
 
 def supported() -> list[str]:
     """The builds that this machine can run, fastest first."""
-    best = {"AVX512": 0, "AVX2": 1}.get(torch.backends.cpu.get_cpu_capability(), 2)
+    best = {"AVX512": 1, "AVX2": 2}.get(torch.backends.cpu.get_cpu_capability(), 3)
+    if best == 1 and cpu_has("vnni") and cpu_has("avx512_bf16"):
+        best = 0
     return list(BUILDS[best:])
+
+
+def cpu_has(feature: str) -> bool:
+    """Whether PyTorch finds this feature of the CPU: "vnni", "avx512_bf16", "amx_tile"; no where it cannot tell."""
+    check = getattr(torch.cpu, f"_is_{feature}_supported", None)
+    return bool(check and check())
 
 
 def _share_openmp() -> None:
@@ -49,12 +63,14 @@ def _share_openmp() -> None:
     ctypes.CDLL(loaded[0] if loaded else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
 
 
-_LIBRARY = _load()
+_LIBRARY, BUILD = _load()
 MISSING = _LIBRARY if isinstance(_LIBRARY, str) else None  # why there are no kernels, or None
 
 
 def refusal(tensors: dict[str, Any]) -> str | None:
     """Why the kernels cannot take these inputs, or None."""
+    if recording() is not None:
+        return "a recording notes the operations of PyTorch, not what kernels do with them"
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             continue
@@ -99,6 +115,14 @@ def call(name: str, *args: Tensor | float | None) -> None:
     """Call a kernel: tensors as pointers (they must be contiguous), None as null, numbers as int64 or double."""
     assert not isinstance(_LIBRARY, str), _LIBRARY
     getattr(_LIBRARY, name)(*(_plain(x) for x in args))
+
+
+def count(name: str, *args: int) -> int:
+    """Call an entry point that returns an int64."""
+    assert not isinstance(_LIBRARY, str), _LIBRARY
+    function = getattr(_LIBRARY, name)
+    function.restype = ctypes.c_int64
+    return int(function(*(ctypes.c_int64(x) for x in args)))
 
 
 def _plain(x: Tensor | float | None) -> Any:

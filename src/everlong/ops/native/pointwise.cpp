@@ -57,7 +57,7 @@ void gate(Sizes s, Rows<const X> x, Rows<const Z> z, Z *y, int64_t threads) {
       const X *from = x.at(s, g, i), *x_next = x.ahead(s, g, i);
       const Z *by = z.at(s, g, i), *z_next = z.ahead(s, g, i);
       Z *to = y + (g * s.group + i) * s.n;
-      lanes(s.n, [&](int64_t c, int m) EV_INLINE {
+      lanes(s.n, [&](int64_t c, int m) EV_BOTH {
         __builtin_prefetch(x_next + c);
         __builtin_prefetch(z_next + c);
         vf value, slope;
@@ -75,7 +75,7 @@ void gate_backward(Sizes s, Rows<const X> x, Rows<const Z> z, const Z *gy, X *gx
       const X *from = x.at(s, g, i), *x_next = x.ahead(s, g, i);
       const Z *by = z.at(s, g, i), *z_next = z.ahead(s, g, i);
       const int64_t row = (g * s.group + i) * s.n;
-      lanes(s.n, [&](int64_t c, int m) EV_INLINE {
+      lanes(s.n, [&](int64_t c, int m) EV_BOTH {
         __builtin_prefetch(x_next + c);
         __builtin_prefetch(z_next + c);
         vf value, slope;
@@ -105,7 +105,7 @@ struct Norm {
     const X *from = x.at(s, g, i), *x_next = x.ahead(s, g, i);
     const X *by = ORDER == PLAIN ? nullptr : z.at(s, g, i), *z_next = ORDER == PLAIN ? nullptr : z.ahead(s, g, i);
     vf sum{}, squares{};
-    lanes(n, [&](int64_t c, int m) EV_INLINE {
+    lanes(n, [&](int64_t c, int m) EV_BOTH {
       __builtin_prefetch(x_next + c);
       if (ORDER != PLAIN) __builtin_prefetch(z_next + c);
       vf v = load(from + c, m);
@@ -120,7 +120,7 @@ struct Norm {
     mean = center ? ev::sum(sum) / n : 0.0f;
     if (center) {  // squares of what is left: the difference of the two sums would cancel
       squares = vf{};
-      lanes(n, [&](int64_t c, int m) EV_INLINE {
+      lanes(n, [&](int64_t c, int m) EV_BOTH {
         const vf v = load(u + c, m) - mean;
         squares += m == W ? v * v : first(v * v, m);
       });
@@ -151,7 +151,7 @@ struct Norm {
     float mean, scale;
     read(g, i, u, mean, scale);
     const X *by = ORDER == GATE_LAST ? z.at(s, g, i) : nullptr;
-    lanes(s.n, [&](int64_t c, int m) EV_INLINE {
+    lanes(s.n, [&](int64_t c, int m) EV_BOTH {
       vf v = (load(u + c, m) - mean) * scale;
       if (weight) v *= load(weight + offset + c, m);
       if (bias) v += load(bias + offset + c, m);
@@ -188,7 +188,7 @@ struct Norm {
     read(g, i, u, mean, scale);
     const X *by = ORDER == PLAIN ? nullptr : z.at(s, g, i), *from = x.at(s, g, i);
     vf sum{}, along{};
-    lanes(n, [&](int64_t c, int m) EV_INLINE {
+    lanes(n, [&](int64_t c, int m) EV_BOTH {
       const vf unit = (load(u + c, m) - mean) * scale, w = weight ? load(weight + offset + c, m) : splat(1.0f);
       vf g = load(gy + c, m);
       if (ORDER == GATE_LAST) {
@@ -206,7 +206,7 @@ struct Norm {
       along += g * unit;
     });
     const float shift = center ? ev::sum(sum) / n : 0.0f, slant = ev::sum(along) / n;
-    lanes(n, [&](int64_t c, int m) EV_INLINE {
+    lanes(n, [&](int64_t c, int m) EV_BOTH {
       const vf g = scale * (load(h + c, m) - shift - load(u + c, m) * slant);
       if (ORDER == GATE_FIRST) {
         vf value, slope;

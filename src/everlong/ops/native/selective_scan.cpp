@@ -1,4 +1,5 @@
 // Selective scan (Mamba):  h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t,   y_t = sum_k h_t C_t + D x_t.
+// dt_t = softplus(given dt_t + bias) where there is a bias.
 //
 // Channels lie across the lanes, the K states of a lane in K registers, time is the inner loop. The forward
 // pass keeps the states at every CHUNK-th token; the backward pass recomputes the others from them.
@@ -11,6 +12,10 @@ using namespace ev;
 namespace {
 
 constexpr int CHUNK = 32;  // tokens between two kept states
+
+constexpr int AHEAD = 16;  // tokens between a prefetch and its use: neighbours in time lie a whole row apart
+
+inline void fetch(const void *p) { __builtin_prefetch(p); }  // harmless beyond the end
 
 struct Shape {
   int64_t batch, time, channels, keys;
@@ -29,28 +34,43 @@ inline void scatter(float *rows, int64_t keys, int lanes, const vf *in) {
     for (int i = 0; i < lanes; i++) rows[i * keys + k] = in[k][i];
 }
 
+// Where the states before token t are kept: [batch, chunks, blocks of channels, K, lanes], as the vectors lie.
+template <class P>
+P *kept_at(P *kept, const Shape s, int64_t b, int64_t t, int64_t c) {
+  const int64_t chunks = (s.time + CHUNK - 1) / CHUNK, padded = (s.channels + 15) / 16 * 16;
+  return kept + ((b * chunks + t / CHUNK) * padded + c) * s.keys;
+}
+
+// The steps of one token; `steep` (where there is a bias) is how they change with what was given.
+struct Steps {
+  const float *bias;
+  vf of(vf given, int64_t c, int n) const { return bias ? softplus(given + load(bias + c, n)) : given; }
+  vf steep(vf given, int64_t c, int n) const { return bias ? sigmoid(given + load(bias + c, n)) : splat(1.0f); }
+};
+
 template <class T, int FIXED>
-void forward_block(const Shape s, int64_t b, int64_t c, const T *x, const T *dt, const float *A, const T *B, const T *C,
-                   const float *D, const float *state, const uint8_t *starts, T *y, float *final_state, float *kept) {
+void forward_block(const Shape s, int64_t b, int64_t c, const T *x, const T *dt, const Steps steps, const float *A,
+                   const float *B, const float *C, const float *D, const float *state, const uint8_t *starts, T *y, float *final_state, float *kept) {
   constexpr int MAX = FIXED ? FIXED : 256;
   const int64_t K = FIXED ? FIXED : s.keys;
   const int lanes = int(s.channels - c < W ? s.channels - c : W);
   vf a[MAX], h[MAX];
   gather(A + c * K, K, lanes, a);
+  for (int64_t k = 0; k < K; k++) a[k] *= LOG2E;
   gather(state + (b * s.channels + c) * K, K, lanes, h);
   const vf skip = D ? load(D + c, lanes) : vf{};
-  const int64_t chunks = (s.time + CHUNK - 1) / CHUNK;
   for (int64_t t = 0; t < s.time; t++) {
-    const int64_t at = b * s.time + t;
-    if (kept && t % CHUNK == 0) scatter(kept + ((b * chunks + t / CHUNK) * s.channels + c) * K, K, lanes, h);
+    const int64_t at = b * s.time + t, soon = (at + AHEAD) * s.channels + c;
+    fetch(x + soon), fetch(dt + soon);
+    if (kept && t % CHUNK == 0) std::memcpy(kept_at(kept, s, b, t, c), h, K * sizeof(vf));
     if (starts && starts[at])
       for (int64_t k = 0; k < K; k++) h[k] = vf{};
-    const vf step = load(dt + at * s.channels + c, lanes), in = load(x + at * s.channels + c, lanes);
+    const vf step = steps.of(load(dt + at * s.channels + c, lanes), c, lanes), in = load(x + at * s.channels + c, lanes);
     const vf push = step * in;
     vf out = skip * in;
     for (int64_t k = 0; k < K; k++) {
-      h[k] = ev::exp(step * a[k]) * h[k] + push * scalar(B[at * K + k]);
-      out += h[k] * scalar(C[at * K + k]);
+      h[k] = exp2_decay(step * a[k]) * h[k] + push * B[at * K + k];
+      out += h[k] * C[at * K + k];
     }
     store(y + at * s.channels + c, out, lanes);
   }
@@ -58,85 +78,113 @@ void forward_block(const Shape s, int64_t b, int64_t c, const T *x, const T *dt,
 }
 
 template <class T, int FIXED>
-void forward(const Shape s, const T *x, const T *dt, const float *A, const T *B, const T *C, const float *D,
-             const float *state, const uint8_t *starts, T *y, float *final_state, float *kept, int64_t threads) {
+void forward(const Shape s, const T *x, const T *dt, const Steps steps, const float *A, const float *B, const float *C,
+             const float *D, const float *state, const uint8_t *starts, T *y, float *final_state, float *kept, int64_t threads) {
   const int64_t blocks = (s.channels + W - 1) / W;
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
   for (int64_t b = 0; b < s.batch; b++)
     for (int64_t i = 0; i < blocks; i++)
-      forward_block<T, FIXED>(s, b, i * W, x, dt, A, B, C, D, state, starts, y, final_state, kept);
+      forward_block<T, FIXED>(s, b, i * W, x, dt, steps, A, B, C, D, state, starts, y, final_state, kept);
 }
+
+constexpr int GROUP = 4;  // states done together in the backward pass: their chunk stays in the first cache
 
 // Working memory of one task of the backward pass.
 struct Work {
-  std::vector<vf> lambda, gA, gD, h, e, gB, gC;
+  std::vector<vf> A, lambda, gA, gD, gB, gC;
+  vf step[CHUNK], in[CHUNK], given[CHUNK], g[CHUNK], g_push[CHUNK], g_step[CHUNK];
+  vf h[(CHUNK + 1) * GROUP], e[CHUNK * GROUP];
   Work(int64_t blocks, int64_t K)
-      : lambda(blocks * K), gA(blocks * K), gD(blocks), h((CHUNK + 1) * K), e(CHUNK * K), gB(CHUNK * K), gC(CHUNK * K) {}
+      : A(blocks * K), lambda(blocks * K), gA(blocks * K), gD(blocks), gB(CHUNK * K), gC(CHUNK * K) {}
 };
 
 template <class T>
 struct Backward {
   Shape s;
-  const T *x, *dt, *B, *C, *gy;
-  const float *A, *D, *kept, *gfinal;
+  const T *x, *dt, *gy;
+  const Steps steps;
+  const float *B, *C, *A, *D, *kept, *gfinal;
   const uint8_t *starts;
   float *gx, *gdt, *gA, *gB, *gC, *gD, *gstate;  // gA [B C K], gD [B C], gB and gC [groups B T K]: summed by the caller
 
-  // One chunk of time of one block of channels, backwards.
-  template <int FIXED>
-  void chunk(int64_t b, int64_t c, int64_t begin, int64_t end, vf *lambda, vf *gA_sum, vf &gD_sum, Work &work) const {
-    constexpr int MAX = FIXED ? FIXED : 256;
-    const int64_t K = FIXED ? FIXED : s.keys, N = s.channels;
-    const int lanes = int(N - c < W ? N - c : W);
-    const int64_t chunks = (s.time + CHUNK - 1) / CHUNK;
-    vf a[MAX];
-    gather(A + c * K, K, lanes, a);
-    vf *h = work.h.data(), *e = work.e.data();
-    gather(kept + ((b * chunks + begin / CHUNK) * N + c) * K, K, lanes, h);
-    for (int64_t t = begin; t < end; t++) {
-      const int64_t at = b * s.time + t, i = t - begin;
-      const vf step = load(dt + at * N + c, lanes), push = step * load(x + at * N + c, lanes);
-      const bool first = starts && starts[at];
-      for (int64_t k = 0; k < K; k++) {
-        e[i * K + k] = first ? vf{} : ev::exp(step * a[k]);
-        h[(i + 1) * K + k] = e[i * K + k] * h[i * K + k] + push * scalar(B[at * K + k]);
+  // States k to k + G of one chunk of time of one block of channels: forwards once more, then backwards.
+  template <int G>
+  void states(int64_t at, int64_t length, int64_t k, const vf *kept_h, const vf *a, vf *lambda, vf *gA_sum, Work &w) const {
+    vf h[G], scaled[G];
+    for (int j = 0; j < G; j++) w.h[j] = h[j] = kept_h[j], scaled[j] = a[j] * LOG2E;
+    for (int64_t i = 0; i < length; i++) {
+      const vf push = w.step[i] * w.in[i];
+      const float keep = starts && starts[at + i] ? 0.0f : 1.0f, *b = B + (at + i) * s.keys + k;
+#pragma GCC unroll 4
+      for (int j = 0; j < G; j++) {
+        w.e[i * G + j] = keep * exp2_decay(w.step[i] * scaled[j]);
+        w.h[(i + 1) * G + j] = h[j] = w.e[i * G + j] * h[j] + push * b[j];
       }
     }
-    const vf skip = D ? load(D + c, lanes) : vf{};
-    for (int64_t t = end - 1; t >= begin; t--) {
-      const int64_t at = b * s.time + t, i = t - begin;
-      const vf step = load(dt + at * N + c, lanes), in = load(x + at * N + c, lanes), g = load(gy + at * N + c, lanes);
-      const vf push = step * in;
-      vf g_push{}, g_step{};
-      for (int64_t k = 0; k < K; k++) {
-        work.gC[i * K + k] += g * h[(i + 1) * K + k];
-        const vf l = lambda[k] + g * scalar(C[at * K + k]);
-        work.gB[i * K + k] += l * push;
-        g_push += l * scalar(B[at * K + k]);
-        lambda[k] = l * e[i * K + k];
-        const vf p = lambda[k] * h[i * K + k];
-        g_step += p * a[k];
-        gA_sum[k] += p * step;
+    vf l[G], gA_here[G];
+    for (int j = 0; j < G; j++) l[j] = lambda[j], gA_here[j] = gA_sum[j];
+    for (int64_t i = length - 1; i >= 0; i--) {
+      const vf step = w.step[i], push = step * w.in[i], g = w.g[i];
+      const float *b = B + (at + i) * s.keys + k, *c = C + (at + i) * s.keys + k;
+      vf *gB_here = &w.gB[i * s.keys + k], *gC_here = &w.gC[i * s.keys + k], g_push = w.g_push[i], g_step = w.g_step[i];
+#pragma GCC unroll 4
+      for (int j = 0; j < G; j++) {
+        gC_here[j] += g * w.h[(i + 1) * G + j];
+        l[j] += g * c[j];
+        gB_here[j] += l[j] * push;
+        g_push += l[j] * b[j];
+        l[j] *= w.e[i * G + j];
+        const vf p = l[j] * w.h[i * G + j];
+        g_step += p * a[j];
+        gA_here[j] += p * step;
       }
-      gD_sum += g * in;
-      store(gx + at * N + c, step * g_push + skip * g, lanes);
-      store(gdt + at * N + c, in * g_push + g_step, lanes);
+      w.g_push[i] = g_push, w.g_step[i] = g_step;
+    }
+    for (int j = 0; j < G; j++) lambda[j] = l[j], gA_sum[j] = gA_here[j];
+  }
+
+  // One chunk of time of one block of channels, backwards.
+  void chunk(int64_t b, int64_t c, int64_t begin, int64_t end, const vf *a, vf *lambda, vf *gA_sum, vf &gD_sum,
+             Work &w) const {
+    const int64_t K = s.keys, N = s.channels, at = b * s.time + begin, length = end - begin;
+    const int lanes = int(N - c < W ? N - c : W);
+    vf before[256];
+    std::memcpy(before, kept_at(kept, s, b, begin, c), K * sizeof(vf));
+    for (int64_t i = 0; i < length; i++) {
+      const int64_t from = (at + i) * N + c;
+      fetch(x + from + W), fetch(dt + from + W), fetch(gy + from + W);  // of the next block
+      w.given[i] = load(dt + from, lanes), w.step[i] = steps.of(w.given[i], c, lanes);
+      w.in[i] = load(x + from, lanes), w.g[i] = load(gy + from, lanes);
+      w.g_push[i] = w.g_step[i] = vf{};
+    }
+    int64_t k = 0;
+    for (; k + GROUP <= K; k += GROUP) states<GROUP>(at, length, k, before + k, a + k, lambda + k, gA_sum + k, w);
+    for (; k < K; k++) states<1>(at, length, k, before + k, a + k, lambda + k, gA_sum + k, w);
+    const vf skip = D ? load(D + c, lanes) : vf{};
+    for (int64_t i = 0; i < length; i++) {
+      const int64_t to = (at + i) * N + c;
+      fetch(gx + to + W), fetch(gdt + to + W);
+      gD_sum += w.g[i] * w.in[i];
+      store(gx + to, w.step[i] * w.g_push[i] + skip * w.g[i], lanes);
+      store(gdt + to, (w.in[i] * w.g_push[i] + w.g_step[i]) * steps.steep(w.given[i], c, lanes), lanes);
     }
   }
 
-  template <int FIXED>
   void task(int64_t b, int64_t group, int64_t first, int64_t last) const {
-    const int64_t K = FIXED ? FIXED : s.keys, N = s.channels;
+    const int64_t K = s.keys, N = s.channels;
     Work work(last - first, K);
-    for (int64_t j = first; j < last; j++)
-      gather(gfinal + (b * N + j * W) * K, K, int(N - j * W < W ? N - j * W : W), &work.lambda[(j - first) * K]);
+    for (int64_t j = first; j < last; j++) {
+      const int lanes = int(N - j * W < W ? N - j * W : W);
+      gather(gfinal + (b * N + j * W) * K, K, lanes, &work.lambda[(j - first) * K]);
+      gather(A + j * W * K, K, lanes, &work.A[(j - first) * K]);
+    }
     for (int64_t begin = (s.time - 1) / CHUNK * CHUNK; begin >= 0; begin -= CHUNK) {
       const int64_t end = begin + CHUNK < s.time ? begin + CHUNK : s.time;
       for (auto &v : work.gB) v = vf{};
       for (auto &v : work.gC) v = vf{};
       for (int64_t j = first; j < last; j++) {
         const int64_t own = j - first;
-        chunk<FIXED>(b, j * W, begin, end, &work.lambda[own * K], &work.gA[own * K], work.gD[own], work);
+        chunk(b, j * W, begin, end, &work.A[own * K], &work.lambda[own * K], &work.gA[own * K], work.gD[own], work);
       }
       const int64_t base = ((group * s.batch + b) * s.time + begin) * K;
       for (int64_t i = 0; i < (end - begin) * K; i++) {
@@ -158,20 +206,17 @@ struct Backward {
     for (int64_t b = 0; b < s.batch; b++)
       for (int64_t group = 0; group < groups; group++) {
         const int64_t first = blocks * group / groups, last = blocks * (group + 1) / groups;
-        if (s.keys == 16)
-          task<16>(b, group, first, last);
-        else
-          task<0>(b, group, first, last);
+        task(b, group, first, last);
       }
   }
 };
 
 template <class T>
-void forward_any(const Shape s, const void *x, const void *dt, const float *A, const void *B, const void *C,
+void forward_any(const Shape s, const void *x, const void *dt, const float *bias, const float *A, const float *B, const float *C,
                  const float *D, const float *state, const uint8_t *starts, void *y, float *final_state, float *kept,
                  int threads) {
   auto run = s.keys == 16 ? forward<T, 16> : s.keys == 8 ? forward<T, 8> : forward<T, 0>;
-  run(s, (const T *)x, (const T *)dt, A, (const T *)B, (const T *)C, D, state, starts, (T *)y, final_state, kept, int(threads));
+  run(s, (const T *)x, (const T *)dt, {bias}, A, B, C, D, state, starts, (T *)y, final_state, kept, int(threads));
 }
 
 }  // namespace
@@ -181,23 +226,23 @@ extern "C" {
 int ev_selective_scan_chunk() { return CHUNK; }
 
 void ev_selective_scan(int64_t half, int64_t batch, int64_t time, int64_t channels, int64_t keys, const void *x,
-                       const void *dt, const float *A, const void *B, const void *C, const float *D, const float *state,
+                       const void *dt, const float *bias, const float *A, const float *B, const float *C, const float *D, const float *state,
                        const uint8_t *starts, void *y, float *final_state, float *kept, int64_t threads) {
   auto run = half ? forward_any<bf16> : forward_any<float>;
-  run({batch, time, channels, keys}, x, dt, A, B, C, D, state, starts, y, final_state, kept, int(threads));
+  run({batch, time, channels, keys}, x, dt, bias, A, B, C, D, state, starts, y, final_state, kept, int(threads));
 }
 
 void ev_selective_scan_backward(int64_t half, int64_t batch, int64_t time, int64_t channels, int64_t keys, const void *x,
-                                const void *dt, const float *A, const void *B, const void *C, const float *D,
+                                const void *dt, const float *bias, const float *A, const float *B, const float *C, const float *D,
                                 const float *kept, const uint8_t *starts, const void *gy, const float *gfinal, float *gx,
                                 float *gdt, float *gA, float *gB, float *gC, float *gD, float *gstate, int64_t groups,
                                 int64_t threads) {
   const Shape s{batch, time, channels, keys};
   if (half)
-    Backward<bf16>{s, (const bf16 *)x, (const bf16 *)dt, (const bf16 *)B, (const bf16 *)C, (const bf16 *)gy, A, D, kept,
+    Backward<bf16>{s, (const bf16 *)x, (const bf16 *)dt, (const bf16 *)gy, {bias}, B, C, A, D, kept,
                    gfinal, starts, gx, gdt, gA, gB, gC, gD, gstate}.run(int(groups), int(threads));
   else
-    Backward<float>{s, (const float *)x, (const float *)dt, (const float *)B, (const float *)C, (const float *)gy, A, D,
+    Backward<float>{s, (const float *)x, (const float *)dt, (const float *)gy, {bias}, B, C, A, D,
                     kept, gfinal, starts, gx, gdt, gA, gB, gC, gD, gstate}.run(int(groups), int(threads));
 }
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import call, refusal
+from .prepare import common_dtype, flat, wants_gradient
 
 CHUNK = 32  # tokens between two states kept for the backward pass, as in selective_scan.cpp
 
@@ -19,8 +20,10 @@ def refuse(**inputs: Any) -> str | None:
     return refusal(inputs)
 
 
-def _flat(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if x is None else x.to(dtype).contiguous()
+def _kept_shape(x: Tensor, A: Tensor, keep: bool) -> tuple[int, ...]:
+    """States kept for the backward pass, in the kernel's own order; room for whole vectors of channels."""
+    batch, time, channels = x.shape
+    return (batch, -(-time // CHUNK) if keep else 0, -(-channels // 16) * 16, A.shape[1])
 
 
 @torch.library.custom_op("everlong::selective_scan_native", mutates_args=(), device_types="cpu")
@@ -29,6 +32,7 @@ def _forward(
     dt: Tensor,
     B: Tensor,
     C: Tensor,
+    dt_bias: Tensor | None,
     A: Tensor,
     D: Tensor | None,
     state: Tensor,
@@ -38,7 +42,7 @@ def _forward(
     """y, final state, and the states at every 32nd token (none unless ``keep``)."""
     (batch, time, channels), keys = x.shape, A.shape[1]
     y, final = torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(state)
-    kept = state.new_empty(batch, -(-time // CHUNK) if keep else 0, channels, keys)
+    kept = state.new_empty(_kept_shape(x, A, keep))
     call(
         "ev_selective_scan",
         int(x.dtype == torch.bfloat16),
@@ -48,6 +52,7 @@ def _forward(
         keys,
         x,
         dt,
+        dt_bias,
         A,
         B,
         C,
@@ -68,14 +73,14 @@ def _(
     dt: Tensor,
     B: Tensor,
     C: Tensor,
+    dt_bias: Tensor | None,
     A: Tensor,
     D: Tensor | None,
     state: Tensor,
     starts: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    chunks = -(-x.shape[1] // CHUNK) if keep else 0
-    return torch.empty_like(x), torch.empty_like(state), state.new_empty(x.shape[0], chunks, *A.shape)
+    return torch.empty_like(x), torch.empty_like(state), state.new_empty(_kept_shape(x, A, keep))
 
 
 @torch.library.custom_op("everlong::selective_scan_native_backward", mutates_args=(), device_types="cpu")
@@ -84,6 +89,7 @@ def _backward(
     dt: Tensor,
     B: Tensor,
     C: Tensor,
+    dt_bias: Tensor | None,
     A: Tensor,
     D: Tensor | None,
     kept: Tensor,
@@ -91,7 +97,7 @@ def _backward(
     gy: Tensor,
     gfinal: Tensor,
 ) -> list[Tensor]:
-    """Gradients of x, dt, B, C, A, D and the initial state, fp32."""
+    """Gradients of x, dt (as given), B, C, A, D and the initial state, fp32."""
     (batch, time, channels), keys = x.shape, A.shape[1]
     groups = max(1, min(torch.get_num_threads(), channels // 16))
     gx, gdt = (x.new_empty(x.shape, dtype=torch.float32) for _ in range(2))
@@ -106,6 +112,7 @@ def _backward(
         keys,
         x,
         dt,
+        dt_bias,
         A,
         B,
         C,
@@ -133,6 +140,7 @@ def _(
     dt: Tensor,
     B: Tensor,
     C: Tensor,
+    dt_bias: Tensor | None,
     A: Tensor,
     D: Tensor | None,
     kept: Tensor,
@@ -145,16 +153,17 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, dt, B, C, A, D, _, starts, _ = inputs
-    ctx.save_for_backward(x, dt, B, C, A, D, output[2], starts)
+    x, dt, B, C, dt_bias, A, D, _, starts, _ = inputs
+    ctx.save_for_backward(x, dt, B, C, dt_bias, A, D, output[2], starts)
 
 
 def _gradient(ctx: Any, gy: Tensor, gfinal: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    x, dt, B, C, A, D, kept, starts = ctx.saved_tensors
+    x, dt, B, C, dt_bias, A, D, kept, starts = ctx.saved_tensors
     gy = gy.to(x.dtype).contiguous()
-    gx, gdt, gB, gC, gA, gD, gstate = _backward(x, dt, B, C, A, D, kept, starts, gy, gfinal.contiguous())
+    gx, gdt, gB, gC, gA, gD, gstate = _backward(x, dt, B, C, dt_bias, A, D, kept, starts, gy, gfinal.contiguous())
+    gbias = None if dt_bias is None else gdt.sum((0, 1))
     half = x.dtype
-    return (gx.to(half), gdt.to(half), gB.to(half), gC.to(half), gA, None if D is None else gD, gstate, None, None)
+    return (gx.to(half), gdt.to(half), gB, gC, gbias, gA, None if D is None else gD, gstate, None, None)
 
 
 _forward.register_autograd(_gradient, setup_context=_setup)
@@ -168,16 +177,13 @@ def selective_scan_native(
     *,
     A: Tensor,
     D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
     state: Tensor,
     starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The kernel, forward and backward. Inputs in bf16 are read as they are where all four are; state is fp32."""
-    inputs = (x, dt, B, C)
-    dtype = torch.bfloat16 if all(i.dtype == torch.bfloat16 for i in inputs) else torch.float32
-    tracked = (*inputs, A, state) if D is None else (*inputs, A, state, D)
-    keep = torch.is_grad_enabled() and any(i.requires_grad for i in tracked)
-    fixed = (_flat(A, torch.float32), _flat(D, torch.float32), _flat(state, torch.float32))
-    y, final, _ = _forward(
-        *(i.to(dtype).contiguous() for i in inputs), *fixed, None if starts is None else starts.contiguous(), keep
-    )
+    """The kernel, forward and backward. x and dt are read in bf16 where both are; everything else is fp32."""
+    dtype, keep = common_dtype(x, dt), wants_gradient(x, dt, B, C, A, D, dt_bias, state)
+    fixed = [flat(i) for i in (B, C, dt_bias, A, D, state)]
+    tokens = [i.to(dtype).contiguous() for i in (x, dt)]
+    y, final, _ = _forward(*tokens, *fixed, None if starts is None else starts.contiguous(), keep)
     return y.to(x.dtype), final

@@ -1,5 +1,5 @@
 // Vectors of W floats for the instruction set this file is compiled for, and the few functions kernels need.
-// The same source is built three times (AVX-512, AVX2, portable); GCC and Clang vector extensions do the rest.
+// The same source is built once per instruction set (AVX-512, AVX2, portable); GCC and Clang vector extensions do the rest.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -21,7 +21,7 @@ extern "C" int omp_get_thread_num();
 inline int omp_get_thread_num() { return 0; }
 #endif
 
-#define EV_INLINE __attribute__((always_inline))  // of lambdas that are called twice, for whole vectors and for the rest
+#define EV_BOTH __attribute__((always_inline))  // of lambdas called twice, for whole vectors and for the rest
 
 namespace ev {
 
@@ -58,10 +58,17 @@ inline vf load(const bf16 *p) {
 }
 inline void store(float *p, vf v) { std::memcpy(p, &v, sizeof v); }
 inline vh to_bf16(vf v) {  // round to nearest even; NaN stays NaN
+#if defined(__AVX512BF16__)  // one instruction, which takes numbers below 1.2e-38 for 0
+  const __m256bh rounded = _mm512_cvtneps_pbh(v);
+  vh h;
+  std::memcpy(&h, &rounded, sizeof h);
+  return h;
+#else
   vu u = (vu)v;
   vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   vu nan = (u >> 16) | 0x40u;
   return __builtin_convertvector(v != v ? nan : rounded, vh);
+#endif
 }
 inline void store(bf16 *p, vf v) {
   vh h = to_bf16(v);
@@ -188,6 +195,30 @@ inline vf softplus(vf x) {
   p = p * s2 + 0.2001085f;
   p = p * s2 + 0.33333207f;
   return select(x > 0.0f, x, vf{}) + 2.0f * (s + s * s2 * p);
+}
+
+// 2^x for x <= 0, relative error below 2e-7 down to 2^-126, below that 0; NaN stays NaN. For decays, scaled by LOG2E.
+constexpr float LOG2E = 1.44269504f;
+inline vf exp2_decay(vf x) {
+#if defined(__AVX512F__)
+  const __m512 y = _mm512_maskz_max_ps(-1, splat(-160.0f), x), n = _mm512_maskz_roundscale_ps(-1, y, 8);
+  const vf r = (vf)y - (vf)n;
+#else
+  const vi tiny = x < -126.0f;
+  const vf y = select(tiny, vf{}, x), n = (y + 12582912.0f) - 12582912.0f, r = y - n;
+#endif
+  vf p = splat(1.32647e-3f);
+  p = p * r + 9.67151e-3f;
+  p = p * r + 5.550734e-2f;
+  p = p * r + 2.4022242e-1f;
+  p = p * r + 6.93147e-1f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return _mm512_maskz_scalef_ps(-1, p, n);
+#else
+  const vi scale = (__builtin_convertvector(n, vi) + 127) << 23;
+  return select(tiny, vf{}, p * (vf)scale);
+#endif
 }
 
 }  // namespace ev

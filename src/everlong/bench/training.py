@@ -1,0 +1,199 @@
+"""Training throughput: steps of the optimiser on random bytes, ours and those of transformers in turn.
+
+Every model has the same width and number of layers. Ours are trained as ``everlong train`` does it, transformers'
+with its own loss and the same AdamW; bf16 means autocast for all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import find
+from ..models.blocks import Layer, Norm, SwiGLU, pattern
+from ..models.channel_mix import ChannelMix
+from ..models.lm import LanguageModel
+from ..numerics import relative_errors
+from ..train.loop import Trainer
+from ..train.optim import make_optimizer
+from . import clock
+from .engines import randomized
+
+Row = dict[str, Any]
+CHECKED = 64  # tokens on which loss and gradients are compared with the reference loops
+LIMITS = {"fp32": 1e-3, "bf16": 0.1}  # largest relative error of loss and of the whole gradient
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the models and of a step."""
+
+    d_model: int = 256
+    layers: int = 6
+    batch: int = 4
+    context: int = 512
+    vocab_size: int = 256
+    dtypes: tuple[str, ...] = ("fp32", "bf16")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.batch * self.context
+
+
+def models(shape: Shape) -> dict[str, LanguageModel.Config]:
+    """The architectures as their papers build them, at this width and depth; heads of 64 or less."""
+    heads = max(1, shape.d_model // 64)
+    layer_norm, small = Norm.Config(style="layer"), Norm.Config(eps=1e-6)
+    mlp = SwiGLU.Config(hidden=3 * shape.d_model, activation="gelu_tanh", bias=True)
+    local = find("attention").Config(n_heads=heads, n_kv_heads=1, window=shape.context // 4, rope_fraction=0.5)
+    griffin = {
+        "r": Layer.Config(mixer=find("rg_lru").Config(n_heads=heads), mlp=mlp, norm=small),
+        "a": Layer.Config(mixer=local, mlp=mlp, norm=small),
+    }
+    goose = Layer.Config(
+        mixer=find("rwkv7").Config(head_size=shape.d_model // heads), mlp=ChannelMix.Config(), norm=layer_norm
+    )
+    head_dim = shape.d_model // heads
+    layers: dict[str, tuple[Layer.Config, ...]] = {
+        "mamba": (Layer.Config(mixer=find("mamba").Config()),) * shape.layers,
+        "mamba2": (Layer.Config(mixer=find("mamba2").Config(head_dim=head_dim)),) * shape.layers,
+        "rwkv7": (goose,) * shape.layers,
+        "griffin": pattern(("rra" * shape.layers)[: shape.layers], **griffin),
+    }
+    extra: dict[str, dict[str, Any]] = {
+        "mamba": {"residual_fp32": True},
+        "mamba2": {"residual_fp32": True},
+        "rwkv7": {"norm": layer_norm, "embed_norm": layer_norm, "tied": False},
+        "griffin": {"norm": small, "embed_scale": shape.d_model**0.5, "embed_std": shape.d_model**-0.5},
+    }
+    sizes: dict[str, Any] = {"vocab_size": shape.vocab_size, "d_model": shape.d_model}
+    return {name: LanguageModel.Config(**sizes, layers=layers[name], **extra[name]) for name in layers}
+
+
+def llama(shape: Shape) -> LanguageModel.Config:
+    """A Llama of this width and depth, for transformers."""
+    layer = Layer.Config(
+        mixer=find("attention").Config(n_heads=max(1, shape.d_model // 64)),
+        mlp=SwiGLU.Config(hidden=-(-shape.d_model * 8 // 48) * 16),
+    )
+    return LanguageModel.Config(vocab_size=shape.vocab_size, d_model=shape.d_model, layers=(layer,) * shape.layers)
+
+
+def throughput(shape: Shape, against: tuple[str, ...], pace: clock.Pace) -> list[Row]:
+    """Tokens trained per second by every model, in turn, and how many times faster ours are than transformers'."""
+    rows: dict[str, Row] = {}
+    contenders: dict[str, clock.Contender] = {}
+    for dtype in shape.dtypes:
+        for name, cfg in models(shape).items():
+            row = _row(name, "everlong", dtype)
+            error, reason = check(cfg, shape, dtype)
+            row.update(error=error, status="timed" if reason is None else "mismatch", reason=reason)
+            rows[f"everlong {name} {dtype}"] = row
+            if reason is None:
+                contenders[f"everlong {name} {dtype}"] = _our_step(cfg, shape, dtype)
+        if "transformers" in against:
+            theirs = {"llama": llama(shape)}
+            if dtype == "fp32":  # its Mamba takes more than a minute for a step, so once is enough
+                theirs["mamba"] = models(shape)["mamba"]
+            for name, cfg in theirs.items():
+                rows[f"transformers {name} {dtype}"] = _row(name, "transformers", dtype)
+                contenders[f"transformers {name} {dtype}"] = _their_step(cfg, shape, dtype)
+    laps = clock.interleave(contenders, pace)
+    for key, own in laps.items():
+        row = rows[key]
+        row["tokens_per_second"] = clock.rates(own, shape.tokens)
+        if row["engine"] == "everlong":
+            row["ratios"] = {
+                k: clock.ratios(own, laps[k])
+                for k in laps
+                if k.startswith("transformers") and k.endswith(row["weights"])
+            }
+            if row["weights"] == "bf16" and (single := laps.get(key.replace("bf16", "fp32"))):
+                row["against_fp32"] = clock.ratios(own, single)
+    return list(rows.values())
+
+
+def _row(name: str, engine: str, dtype: str) -> Row:
+    about = {"measure": "training", "model": name, "engine": engine, "weights": dtype}
+    return {**about, "status": "timed", "reason": None, "error": None}
+
+
+def _batch(shape: Shape) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    made = torch.randint(0, shape.vocab_size, (shape.batch, shape.context + 1), generator=generator)
+    return made[:, :-1].contiguous(), made[:, 1:].contiguous()
+
+
+def _mixed(dtype: str) -> Any:
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bf16")
+
+
+def _stepper(model: nn.Module, optimizer: Any, loss: Callable[[], Tensor], dtype: str) -> clock.Contender:
+    """A contender: loss, gradients, clipping, update."""
+    parameters = list(model.parameters())
+
+    def step() -> None:
+        with _mixed(dtype):
+            value = loss()
+        value.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return clock.stopwatch(step)
+
+
+def _our_step(cfg: LanguageModel.Config, shape: Shape, dtype: str) -> clock.Contender:
+    torch.manual_seed(0)
+    model, (tokens, targets) = cfg.build(), _batch(shape)
+    return _stepper(model, make_optimizer(model, Trainer.Config()), lambda: model.loss(tokens, targets), dtype)
+
+
+def _their_step(cfg: LanguageModel.Config, shape: Shape, dtype: str) -> clock.Contender:
+    from .peers.transformers_engine import carried_over
+
+    torch.manual_seed(0)
+    model, (tokens, _) = carried_over(cfg.build()).train().requires_grad_(True), _batch(shape)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    return _stepper(model, optimizer, lambda: model(tokens, labels=tokens, use_cache=False).loss, dtype)
+
+
+def check(cfg: LanguageModel.Config, shape: Shape, dtype: str) -> tuple[float, str | None]:
+    """Loss and gradients of a short batch against those of the reference loops in fp32: the error, and what differs."""
+    model, (tokens, targets) = randomized(cfg).requires_grad_(True), _batch(shape)
+    tokens, targets = tokens[:, :CHECKED], targets[:, :CHECKED]
+
+    def slopes(model: LanguageModel, dtype: str) -> Tensor:
+        with _mixed(dtype):
+            loss = model.loss(tokens, targets)
+        loss.backward()
+        return torch.cat([loss.detach()[None], *(p.grad.flatten() for p in model.parameters() if p.grad is not None)])
+
+    with reference_loops():
+        want = slopes(copy.deepcopy(model), "fp32")
+    got = slopes(model, dtype)
+    error = max(relative_errors(got[:1], want[:1])[0], relative_errors(got[1:], want[1:])[0])
+    limit = LIMITS[dtype]
+    return error, None if error <= limit else f"loss and gradients: relative error {error:.1e}, allowed {limit:.0e}"
+
+
+@contextlib.contextmanager
+def reference_loops() -> Iterator[None]:
+    """All ops run as the loops that define them."""
+    before = os.environ.get("EVERLONG_BACKEND")
+    os.environ["EVERLONG_BACKEND"] = "reference"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["EVERLONG_BACKEND"]
+        else:
+            os.environ["EVERLONG_BACKEND"] = before

@@ -1,0 +1,300 @@
+"""From a recorded step to a native program: every operation that depends on the token becomes instructions.
+
+What depends on parameters alone was computed while recording and is taken as it is. Views cost nothing: a tensor is
+a buffer, an offset and strides. Operations without a native form raise ``Unsupported``; the block that uses them then
+runs through its own ``step``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops import native
+from ..ops.native.product import MAX_ROWS
+from ..ops.native.program import Buffer, Instruction, Program, Ref
+from ..ops.record import Call
+
+BIG = 1 << 14  # numbers from which all threads share an elementwise instruction
+COSTLY = {"exp", "sigmoid", "silu", "gelu", "gelu_tanh", "softplus", "tanh", "log", "log1p", "expm1", "sin", "cos"}
+LEAVES: dict[str, Callable[..., None]] = {}
+ATEN: dict[str, Callable[..., None]] = {}
+WEIGHTS = {torch.float32: 0, torch.bfloat16: 1}
+TOKENS = Buffer(0)  # stands for the ids, which every run is given anew
+
+
+class Unsupported(Exception):
+    """This operation has no native form."""
+
+
+def _leaf(function: Callable[..., None]) -> Callable[..., None]:
+    LEAVES[function.__name__.lstrip("_")] = function
+    return function
+
+
+def _aten(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    def note(function: Callable[..., None]) -> Callable[..., None]:
+        ATEN.update(dict.fromkeys(names, function))
+        return function
+
+    return note
+
+
+class Lowering:
+    """Grows ``program`` call by call. ``places`` knows the buffer of every value that depends on the token."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.zero = Ref(Buffer(1, torch.zeros(1)))  # the imaginary part of what is real
+        self.places: dict[int, Buffer] = {}
+        self.alive: list[Any] = []  # recorded tensors, so that no address is used twice
+        self.stale: set[int] = set()  # values whose memory an in-place step has taken over
+        self.moved: dict[int, Ref] = {}  # states after a step in place
+        self.prepared: dict[tuple[Any, ...], Ref] = {}
+
+    def forget(self, *needed: Tensor) -> None:
+        """Let go of the recorded values but ``needed``; their memory may then be given to others."""
+        keys = {_key(tensor) for tensor in needed}
+        self.places = {key: buffer for key, buffer in self.places.items() if key in keys}
+        self.alive, self.stale, self.moved, self.prepared = list(needed), set(), {}, {}
+
+    # ---- values ----
+
+    def bind(self, tensor: Tensor, buffer: Buffer) -> None:
+        """From here on, the memory of ``tensor`` means ``buffer``."""
+        self.alive.append(tensor)
+        self.places[_key(tensor)] = buffer
+
+    def known(self, tensor: Any) -> bool:
+        """Does this value depend on the token?"""
+        return isinstance(tensor, Tensor) and tensor.numel() > 0 and _key(tensor) in self.places
+
+    def ref(self, tensor: Tensor) -> Ref:
+        """Where ``tensor`` lies: a buffer of the program, or a constant."""
+        if tensor.is_complex():
+            raise Unsupported("an operation on complex numbers")
+        if self.known(tensor):
+            if _key(tensor) in self.stale:
+                raise Unsupported("the state from before an in-place step is read again")
+            return Ref(self.places[_key(tensor)], int(tensor.storage_offset()), tensor.stride())
+        constant = tensor.detach().float()
+        return Ref(Buffer(constant.numel(), constant), 0, constant.stride())
+
+    def constant(self, tensor: Tensor) -> Ref:
+        """A parameter or what was made of parameters, contiguous in fp32."""
+        if self.known(tensor):
+            raise Unsupported("a weight that depends on the token")
+        return self.ref(tensor.detach().float().contiguous())
+
+    def new(self, tensor: Tensor) -> Ref:
+        """Memory for the value ``tensor``."""
+        if not tensor.is_floating_point() and tensor.dtype != torch.bool:
+            raise Unsupported(f"values of dtype {tensor.dtype}")
+        if not self.known(tensor):
+            size = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+            self.bind(tensor, Buffer(int(tensor.storage_offset()) + size))
+        return self.ref(tensor)
+
+    def dense(self, tensor: Tensor) -> Ref:
+        """``tensor`` with its numbers side by side, copied there if they are not."""
+        if tensor.is_contiguous() and (self.known(tensor) or tensor.dtype == torch.float32):
+            return self.ref(tensor)
+        whole = self.temporary(tensor.shape)
+        self.map("copy", tensor.shape, whole, [self.ref(tensor)])
+        return whole
+
+    def parts(self, value: Any, shape: Sequence[int]) -> tuple[Ref, Ref]:
+        """The real and the imaginary part of ``value``, broadcast to ``shape``; complex numbers lie as pairs."""
+        if not isinstance(value, Tensor):
+            value = torch.tensor(value)
+        if not value.is_complex():
+            real = self.ref(value.expand(shape)) if self.known(value) else self.repeat(value, shape)
+            return real, self.zero._replace(strides=(0,) * len(shape))
+        if not self.known(value):
+            pair = torch.view_as_real(value.detach().to(torch.complex64).resolve_conj())
+            return self.repeat(pair[..., 0], shape), self.repeat(pair[..., 1], shape)
+        if value.is_conj() or _key(value) in self.stale:
+            raise Unsupported("a conjugate, or a state from before an in-place step")
+        strides = tuple(2 * s for s in value.expand(shape).stride())
+        real = Ref(self.places[_key(value)], 2 * int(value.storage_offset()), strides)
+        return real, real._replace(offset=real.offset + 1)
+
+    def new_parts(self, tensor: Tensor) -> tuple[Ref, Ref]:
+        """Memory for the complex value ``tensor``."""
+        if not self.known(tensor):
+            self.new(torch.view_as_real(tensor))
+        return self.parts(tensor, tensor.shape)
+
+    def temporary(self, shape: Sequence[int]) -> Ref:
+        """Memory for something that has no tensor in the recording."""
+        empty = torch.empty(tuple(shape), device="meta")
+        return Ref(Buffer(empty.numel()), 0, empty.stride())
+
+    def own(self, state: Tensor, after: Tensor) -> Ref:
+        """The memory of a state that a step changes in place into ``after``; as it was, it can no longer be read."""
+        if not self.known(state):
+            raise Unsupported("a constant state")
+        memory = self.dense(state)
+        self.alive.append(after)
+        self.places[_key(after)], self.moved[_key(after)] = memory.buffer, memory
+        self.stale.add(_key(state))
+        if not after.is_contiguous() or after.storage_offset() != memory.offset:
+            self.stale.add(_key(after))  # it lies elsewhere in the definition: fine to keep, not to read
+        return memory
+
+    def keep(self, after: Tensor, state: Tensor) -> None:
+        """At the end of a step: the memory of ``state`` takes the value ``after``."""
+        home = self.places[_key(state)]
+        if _key(after) in self.moved:
+            source = self.moved[_key(after)]._replace(strides=state.stride())
+        else:
+            source = self.ref(after) if self.known(after) else self.repeat(after, after.shape)
+        if source.buffer is home:
+            if source.offset or source.strides != state.stride():
+                raise Unsupported("a state that moves within its own memory")
+            return
+        if source.buffer.given is not None and self.known(after):
+            raise Unsupported("a state that becomes another")
+        self.map("copy", state.shape, Ref(home, 0, state.stride()), [source])
+
+    # ---- instructions ----
+
+    def add(self, name: str, size: Sequence[int], out: Ref, *inputs: Ref | None, **rest: Any) -> None:
+        """Append one instruction."""
+        self.program.add(Instruction(name, [int(n) for n in size], out, inputs, **rest))
+        self.prepared = {k: v for k, v in self.prepared.items() if k[0] is not out.buffer}
+
+    def map(
+        self, name: str, shape: Sequence[int], out: Ref, inputs: Sequence[Ref], scalars: Sequence[float] = ()
+    ) -> None:
+        """An elementwise instruction over ``shape``, which every input already has (strides 0 repeat)."""
+        size, strides = _collapse(shape, [out.strides, *(i.strides for i in inputs)])
+        refs = [Ref(r.buffer, r.offset, s) for r, s in zip((out, *inputs), strides, strict=True)]
+        work = math.prod(shape) * (8 if name in COSTLY else 1)
+        self.add(name, size, refs[0], *refs[1:], scalars=[float(s) for s in scalars], shared=work >= BIG)
+
+    def elementwise(self, name: str, out: Tensor, *inputs: Any, scalars: Sequence[float] = ()) -> None:
+        """``out = name(inputs)``, broadcast; numbers may stand for tensors."""
+        tensors = [x if isinstance(x, Tensor) else torch.tensor(float(x)) for x in inputs]
+        refs = [self.ref(x.expand(out.shape)) if self.known(x) else self.repeat(x, out.shape) for x in tensors]
+        self.map(name, out.shape, self.new(out), refs, scalars)
+
+    def repeat(self, constant: Tensor, shape: Sequence[int]) -> Ref:
+        """A constant, broadcast to ``shape``."""
+        ref = self.ref(constant)
+        assert ref.buffer.given is not None
+        return Ref(ref.buffer, 0, ref.buffer.given.expand(shape).stride())
+
+    def reduce(self, name: str, out: Tensor, x: Tensor, dims: Sequence[int]) -> None:
+        """``out = name(x)`` over ``dims``; out has one number for each of the others."""
+        gone = {d % x.dim() for d in dims} or set(range(x.dim()))
+        kept = [d for d in range(x.dim()) if d not in gone]
+        ref, target = self.ref(x), self.new(out)
+        inner, (inner_strides,) = _collapse(
+            [x.shape[d] for d in sorted(gone)], [[ref.strides[d] for d in sorted(gone)]]
+        )
+        if any(n > 1 for n in inner[:-1]):
+            raise Unsupported("a reduction over axes that do not lie side by side")
+        out_strides = out.reshape([x.shape[d] for d in kept]).stride() if out.dim() != len(kept) else out.stride()
+        outer, strides = _collapse([x.shape[d] for d in kept], [out_strides, [ref.strides[d] for d in kept]])
+        if outer[0] > 1:
+            raise Unsupported("a reduction with more than three other axes")
+        size = [*outer[1:], inner[-1]]
+        refs = [Ref(target.buffer, target.offset, (*strides[0][1:], 0))]
+        refs.append(Ref(ref.buffer, ref.offset, (*strides[1][1:], inner_strides[-1])))
+        self.add(name, size, *refs, shared=x.numel() >= BIG)
+
+    def matmul(self, out: Tensor, a: Tensor, b: Tensor) -> None:
+        """``out[g i j] = sum_k a[g i k] b[g k j]`` for three axes each."""
+        target, left, right = self.new(out), self.ref(a), self.ref(b)
+        size = (*a.shape[:2], b.shape[2], a.shape[2])
+        self.add("matmul", size, target, left, right, shared=math.prod(size) >= BIG)
+
+    def product(self, out: Tensor, x: Tensor, kind: int, raw: Sequence[Tensor], shape: tuple[int, int]) -> None:
+        """``out [... O] = x [... I] W^T`` for a weight matrix of any format; x is prepared once per format."""
+        rows, target = out.numel() // shape[0], self.new(out)
+        if rows > MAX_ROWS or not out.is_contiguous():
+            raise Unsupported(f"a product of more than {MAX_ROWS} rows, or into strided memory")
+        numbers = (kind, *shape)
+        simple = x.dim() == 2 and x.stride(1) == 1
+        source = self.ref(x) if simple else self.dense(x)
+        strides = (x.stride(0) if simple else shape[1], 1)
+        key = (source.buffer, source.offset, kind, shape[1], rows)
+        if key not in self.prepared:
+            space = Ref(Buffer(-(-native.count("ev_product_scratch", *numbers, rows) // 4)))
+            at = Ref(source.buffer, source.offset, strides)
+            self.add("prepare", (rows,), space, at, numbers=numbers, raw=raw)
+            self.prepared[key] = space
+        flat = Ref(target.buffer, target.offset, (shape[0], 1))
+        self.add("product", (rows,), flat, self.prepared[key], numbers=numbers, raw=raw, shared=True)
+
+    def linear(self, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        """``out = x weight^T + bias`` with a constant weight [O I]."""
+        if self.known(weight):
+            raise Unsupported("a weight that depends on the token")
+        if weight.dtype not in WEIGHTS:
+            raise Unsupported(f"weights of dtype {weight.dtype}")
+        weight = weight.detach().contiguous()
+        self.product(out, x, WEIGHTS[weight.dtype], [weight], (weight.shape[0], weight.shape[1]))
+        if bias is not None:
+            self.elementwise("add", out, out, bias)
+
+    # ---- calls ----
+
+    def lower(self, calls: Sequence[Call]) -> None:
+        """Append the instructions of recorded calls. ``Unsupported`` names an operation without a native form."""
+        for call in calls:
+            self.alive.append(call)
+            tensors = [x for x in _flat((call.args, call.kwargs)) if isinstance(x, Tensor)]
+            if any(self.known(x) for x in tensors):
+                self._lower(call)
+
+    def _lower(self, call: Call) -> None:
+        if isinstance(call.op, str):
+            if call.op not in LEAVES:
+                raise Unsupported(call.op)
+            LEAVES[call.op](self, call.out, **call.kwargs)
+            return
+        outs = [x for x in _flat(call.out) if isinstance(x, Tensor) and x.numel()]
+        if not call.op._schema.is_mutable and all(self.known(x) for x in outs):
+            return  # a view
+        name = call.op._schema.name.removeprefix("aten::").removesuffix("_" if call.op._schema.is_mutable else "\0")
+        if name not in ATEN:
+            raise Unsupported(str(call.op))
+        ATEN[name](self, name, call.out, *call.args, **call.kwargs)
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _flat(tree: Any) -> list[Any]:
+    if isinstance(tree, (tuple, list)):
+        return [leaf for item in tree for leaf in _flat(item)]
+    if isinstance(tree, dict):
+        return _flat(list(tree.values()))
+    return [tree]
+
+
+def _collapse(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[list[int], list[tuple[int, ...]]]:
+    """The same numbers in four axes: axes of size 1 dropped, neighbours that lie alike in all operands merged."""
+    axes: list[list[int]] = []  # size, then a stride for each operand
+    for axis in zip(shape, *strides, strict=True):
+        if axis[0] == 1:
+            continue
+        if axes and all(outer == inner * axis[0] for outer, inner in zip(axes[-1][1:], axis[1:], strict=True)):
+            axes[-1] = [axes[-1][0] * axis[0], *axis[1:]]
+        else:
+            axes.append(list(axis))
+    if len(axes) > 4:
+        raise Unsupported("more than four axes")
+    axes = [[1, *[0] * len(strides)]] * (4 - len(axes)) + axes
+    columns = list(zip(*axes, strict=True))
+    return list(columns[0]), [tuple(column) for column in columns[1:]]
+
+
+from . import instructions as instructions  # noqa: E402  (fills LEAVES and ATEN)

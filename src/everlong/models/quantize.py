@@ -1,0 +1,115 @@
+"""Models with their linear weights in int8 or int4, chosen by role.
+
+Linear maps and the embedding are packed. Full precision (fp32) stay the parameters that are no linear maps (decays,
+steps, convolutions, norms, low-rank maps of RWKV), the linear maps that a mixer names in ``full_precision`` or
+``step_outputs``, those too small to matter, and the state. int8 stay, in an int4 model, the maps in ``int8_at_least``
+and an embedding that is not the head.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..mixers import base
+from ..ops.native import MISSING
+from ..ops.native.product import MAX_IN, check_format
+from .lm import LanguageModel
+from .packed import PackedEmbedding, PackedLinear
+
+LEAST = 64  # narrower maps stay as they are
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Place(NamedTuple):
+    """A module that is packed: where it is, in which format, how many of its last outputs stay in fp32."""
+
+    path: str
+    module: nn.Linear | nn.Embedding
+    format: str
+    kept: int
+
+
+def quantized(model: LanguageModel, format: str) -> LanguageModel:
+    """A model with its weights in ``format``, in evaluation mode; what does not change is shared, not copied.
+
+    "int8" and "int4" pack the linear maps and make the rest fp32; "fp32" and "bf16" convert all weights, as
+    ``model.to(dtype)`` does. ``ValueError`` for an unknown format and for a model that is quantised already.
+    """
+    check_format(format)
+    if model.weights is not None:
+        raise ValueError(f"the weights are {model.weights} already; quantise the model in full precision")
+    with torch.device("meta"):
+        made = model.cfg.build()
+    dtype = DTYPES.get(format, torch.float32)
+    tensors = {name: _converted(tensor.detach(), dtype) for name, tensor in model.state_dict().items()}
+    made.load_state_dict(tensors, assign=True)
+    if format not in DTYPES:
+        _replace(made, format, _pack)
+    for parameter in made.parameters():
+        parameter.requires_grad_(False)
+    return made.eval()
+
+
+def prepare(model: LanguageModel, format: str) -> None:
+    """Replace what ``quantized`` would, by maps whose values are still to be loaded."""
+    _replace(model, format, _hollow)
+
+
+def places(model: LanguageModel, format: str) -> Iterator[Place]:
+    """The modules that ``format`` packs, by role."""
+    mixers = [(path, module) for path, module in model.named_modules() if isinstance(module, base.Mixer)]
+    table = format if model.head is None else "int8"  # rows that are only looked up cost no time
+    if model.cfg.d_model >= LEAST:
+        yield Place("embedding", model.embedding, table, 0)
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or not _fits(module):
+            continue
+        owners = [(own, mixer) for own, mixer in mixers if path.startswith(own + ".")]
+        if not owners:
+            yield Place(path, module, format, 0)
+            continue
+        own, mixer = max(owners, key=lambda pair: len(pair[0]))
+        name = path[len(own) + 1 :]
+        if not _named(name, mixer.full_precision):
+            least = "int8" if _named(name, mixer.int8_at_least) else format
+            yield Place(path, module, least, mixer.step_outputs().get(name, 0))
+
+
+def _fits(linear: nn.Linear) -> bool:
+    return LEAST <= linear.in_features <= MAX_IN and linear.out_features >= LEAST
+
+
+def _named(name: str, names: tuple[str, ...]) -> bool:
+    """Whether a module is one of ``names``, or inside one."""
+    return any(name == other or name.startswith(other + ".") for other in names)
+
+
+def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _replace(model: LanguageModel, format: str, make: Callable[[Place], PackedLinear]) -> None:
+    model.weights = format
+    if MISSING is not None:
+        warnings.warn(f"{format} weights save memory but no time here: {MISSING}", RuntimeWarning, stacklevel=3)
+    for place in list(places(model, format)):
+        parent, _, name = place.path.rpartition(".")
+        setattr(model.get_submodule(parent), name, make(place))
+
+
+def _pack(place: Place) -> PackedLinear:
+    if isinstance(place.module, nn.Embedding):
+        return PackedEmbedding.of(place.module.weight, None, place.format)
+    return PackedLinear.of(place.module.weight, place.module.bias, place.format, place.kept)
+
+
+def _hollow(place: Place) -> PackedLinear:
+    out, width = place.module.weight.shape
+    if isinstance(place.module, nn.Embedding):
+        return PackedEmbedding(width, out, place.format)
+    return PackedLinear(width, out, place.format, kept=place.kept, bias=place.module.bias is not None)

@@ -1,0 +1,316 @@
+// A recorded program of one token: instructions over buffers that stay where they are, replayed by one call.
+//
+// All threads walk the same list. A small instruction is done by thread 0 alone, a large one by all; the threads meet
+// at a barrier before and after every shared instruction, so that a run of small ones costs no meeting at all.
+#include <sched.h>
+
+#include <atomic>
+#include <cmath>
+
+#include "product.h"
+#include "steps.h"
+
+#if defined(_OPENMP)
+extern "C" int omp_get_num_threads();
+#else
+inline int omp_get_num_threads() { return 1; }
+#endif
+
+using namespace ev;
+
+namespace {
+
+constexpr int INPUTS = 7, BLOCK = 256;  // BLOCK: numbers along the last axis done at a time
+
+// The same layout as `Instruction` in program.py.
+struct Instruction {
+  int64_t code, shared;
+  int64_t size[4];
+  Ref out, in[INPUTS];
+  int64_t number[4];
+  double scalar[2];
+  const void *raw[2];
+};
+
+enum Code : int64_t {
+  COPY, NEG, ABS, EXP, EXPM1, LOG, LOG1P, SQRT, RSQRT, RECIPROCAL, SIGMOID, SILU, TANH, GELU, GELU_TANH, RELU, SOFTPLUS,
+  LOG_SIGMOID, ELU, SIN, COS, NOT, POWER, CLAMP,                                                       // one input
+  ADD, SUB, MUL, DIV, MAXIMUM, MINIMUM, LT, LE, GT, GE, EQ, NE, AND, OR,                                 // two
+  WHERE, ADDCMUL,                                                                                      // three
+  SUM = 64, MEAN, MAX, NORM, MATMUL, EMBED, PREPARE, PRODUCT, CONV, SCAN, ATTEND, DELTA
+};
+
+struct Share {
+  int64_t id, count;
+  int64_t begin(int64_t n) const { return n * id / count; }
+  int64_t end(int64_t n) const { return n * (id + 1) / count; }
+};
+
+// Sense-reversing barrier; gives the core away where the others are long in coming.
+struct Barrier {
+  std::atomic<int64_t> waiting{0}, round{0};
+  void meet(int64_t threads) {
+    if (threads == 1) return;
+    const int64_t mine = round.load(std::memory_order_acquire);
+    if (waiting.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
+      waiting.store(0, std::memory_order_relaxed);
+      round.store(mine + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; round.load(std::memory_order_acquire) == mine; spins++) {
+      if (spins > 4000) sched_yield();
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+    }
+  }
+};
+
+template <class F>
+vf lanewise(vf x, F f) {
+  for (int i = 0; i < W; i++) x[i] = f(x[i]);
+  return x;
+}
+vf truth(vi mask) { return select(mask, splat(1.0f), vf{}); }
+vf tanh(vf x) { return 2.0f * sigmoid(2.0f * x) - 1.0f; }
+vf accurate_tanh(vf x) {  // near 0 the difference above cancels: an odd polynomial there
+  const vf x2 = x * x;
+  const vf small = x * (1.0f + x2 * (-0.33333333f + x2 * (0.13333333f - x2 * 0.053968254f)));
+  return select((x < 0.1f) & (x > -0.1f), small, tanh(x));
+}
+
+// The numbers of the instruction's space, cut into runs along the last axis; f(out, in pointers, length).
+template <int N, class F>
+void every_run(const Instruction &i, Share share, F f) {
+  const int64_t runs = (i.size[3] + BLOCK - 1) / BLOCK, rows = i.size[0] * i.size[1] * i.size[2], all = rows * runs;
+  for (int64_t task = share.begin(all); task < share.end(all); task++) {
+    const int64_t row = task / runs, from = task % runs * BLOCK;
+    const int64_t at[3] = {row / (i.size[1] * i.size[2]), row / i.size[2] % i.size[1], row % i.size[2]};
+    const auto place = [&](const Ref &r) {
+      return r.at + at[0] * r.stride[0] + at[1] * r.stride[1] + at[2] * r.stride[2] + from * r.stride[3];
+    };
+    const float *in[N];
+    for (int n = 0; n < N; n++) in[n] = place(i.in[n]);
+    f(place(i.out), in, i.size[3] - from < BLOCK ? i.size[3] - from : BLOCK);
+  }
+}
+
+template <int N, class F>
+void map(const Instruction &i, Share share, F f) {
+  every_run<N>(i, share, [&](float *out, const float **in, int64_t length) {
+    for (int64_t k = 0; k < length; k += W) {
+      const int n = lanes(length - k);
+      vf v[N];
+      for (int j = 0; j < N; j++) v[j] = load(in[j] + k * i.in[j].stride[3], i.in[j].stride[3], n);
+      store(out + k * i.out.stride[3], i.out.stride[3], f(v), n);
+    }
+  });
+}
+
+void map1(const Instruction &i, Share share) {
+  const float s = float(i.scalar[0]), t = float(i.scalar[1]);
+  const auto run = [&](auto f) { map<1>(i, share, [f](vf *v) { return f(v[0]); }); };
+  switch (i.code) {
+    case COPY: return run([](vf x) { return x; });
+    case NEG: return run([](vf x) { return -x; });
+    case ABS: return run([](vf x) { return select(x < 0.0f, -x, x); });
+    case EXP: return run([](vf x) { return ev::exp(x); });
+    case EXPM1: return run([](vf x) { return lanewise(x, [](float a) { return std::expm1(a); }); });
+    case LOG: return run([](vf x) { return lanewise(x, [](float a) { return std::log(a); }); });
+    case LOG1P: return run([](vf x) { return lanewise(x, [](float a) { return std::log1p(a); }); });
+    case SQRT: return run([](vf x) { return lanewise(x, [](float a) { return std::sqrt(a); }); });
+    case RSQRT: return run([](vf x) { return lanewise(x, [](float a) { return 1.0f / std::sqrt(a); }); });
+    case RECIPROCAL: return run([](vf x) { return 1.0f / x; });
+    case SIGMOID: return run([](vf x) { return sigmoid(x); });
+    case SILU: return run([](vf x) { return x * sigmoid(x); });
+    case TANH: return run([](vf x) { return accurate_tanh(x); });
+    case GELU: return run([](vf x) { return lanewise(x, [](float a) { return 0.5f * a * (1 + std::erf(a * 0.70710678f)); }); });
+    case GELU_TANH: return run([](vf x) { return x * sigmoid(1.5957691216f * (x + 0.044715f * x * x * x)); });
+    case RELU: return run([](vf x) { return select(x > 0.0f, x, vf{}); });
+    case SOFTPLUS: return run([](vf x) { return softplus(x); });
+    case LOG_SIGMOID: return run([](vf x) { return -softplus(-x); });
+    case ELU: return run([](vf x) {
+      return select(x > 0.0f, x, lanewise(select(x > 0.0f, vf{}, x), [](float a) { return std::expm1(a); }));
+    });
+    case SIN: return run([](vf x) { return lanewise(x, [](float a) { return std::sin(a); }); });
+    case COS: return run([](vf x) { return lanewise(x, [](float a) { return std::cos(a); }); });
+    case NOT: return run([](vf x) { return truth(x == 0.0f); });
+    case POWER:
+      if (s == 2.0f) return run([](vf x) { return x * x; });
+      return run([s](vf x) { return lanewise(x, [s](float a) { return std::pow(a, s); }); });
+    case CLAMP: return run([s, t](vf x) {
+      const vf low = splat(s), high = splat(t);
+      return select(x < low, low, select(x > high, high, x));
+    });
+  }
+}
+
+void map2(const Instruction &i, Share share) {
+  const auto run = [&](auto f) { map<2>(i, share, [f](vf *v) { return f(v[0], v[1]); }); };
+  switch (i.code) {
+    case ADD: return run([](vf x, vf y) { return x + y; });
+    case SUB: return run([](vf x, vf y) { return x - y; });
+    case MUL: return run([](vf x, vf y) { return x * y; });
+    case DIV: return run([](vf x, vf y) { return x / y; });
+    case MAXIMUM: return run([](vf x, vf y) { return select(x > y, x, y); });
+    case MINIMUM: return run([](vf x, vf y) { return select(x < y, x, y); });
+    case LT: return run([](vf x, vf y) { return truth(x < y); });
+    case LE: return run([](vf x, vf y) { return truth(x <= y); });
+    case GT: return run([](vf x, vf y) { return truth(x > y); });
+    case GE: return run([](vf x, vf y) { return truth(x >= y); });
+    case EQ: return run([](vf x, vf y) { return truth(x == y); });
+    case NE: return run([](vf x, vf y) { return truth(x != y); });
+    case AND: return run([](vf x, vf y) { return x * y; });
+    case OR: return run([](vf x, vf y) { return select(x > y, x, y); });
+  }
+}
+
+void map3(const Instruction &i, Share share) {
+  if (i.code == WHERE)
+    map<3>(i, share, [](vf *v) { return select(v[0] != 0.0f, v[1], v[2]); });
+  else
+    map<3>(i, share, [](vf *v) { return v[0] + v[1] * v[2]; });
+}
+
+// Along the last axis: SUM, MEAN, MAX, or the NORM (the root of the sum of squares).
+void reduce(const Instruction &i, Share share) {
+  const int64_t rows = i.size[0] * i.size[1] * i.size[2], length = i.size[3];
+  for (int64_t row = share.begin(rows); row < share.end(rows); row++) {
+    const int64_t at[3] = {row / (i.size[1] * i.size[2]), row / i.size[2] % i.size[1], row % i.size[2]};
+    const auto place = [&](const Ref &r) { return r.at + at[0] * r.stride[0] + at[1] * r.stride[1] + at[2] * r.stride[2]; };
+    const float *in = place(i.in[0]);
+    const int64_t stride = i.in[0].stride[3];
+    vf total{};
+    float most = -INFINITY;
+    for (int64_t k = 0; k < length; k += W) {
+      const int n = lanes(length - k);
+      const vf v = load(in + k * stride, stride, n);
+      if (i.code == MAX)
+        for (int j = 0; j < n; j++) most = v[j] > most || std::isnan(v[j]) ? v[j] : most;
+      else if (stride == 0 && n < W)
+        for (int j = 0; j < n; j++) total[j] += i.code == NORM ? v[j] * v[j] : v[j];
+      else
+        total += i.code == NORM ? v * v : v;
+    }
+    const float all = sum(total);
+    *place(i.out) = i.code == MAX ? most : i.code == MEAN ? all / float(length) : i.code == NORM ? std::sqrt(all) : all;
+  }
+}
+
+// out[g, i, j] = sum_k a[g, i, k] b[g, k, j]; size = {G, I, J, K}. Both orders of b run along its dense axis.
+void matmul(const Instruction &p, Share share) {
+  const int64_t rows = p.size[0] * p.size[1], J = p.size[2], K = p.size[3];
+  const Ref &a = p.in[0], &b = p.in[1];
+  for (int64_t row = share.begin(rows); row < share.end(rows); row++) {
+    const int64_t g = row / p.size[1], i = row % p.size[1];
+    const float *left = a.at + g * a.stride[0] + i * a.stride[1], *right = b.at + g * b.stride[0];
+    float *out = p.out.at + g * p.out.stride[0] + i * p.out.stride[1];
+    if (b.stride[2] == 1)
+      for (int64_t j = 0; j < J; j += W) {
+        const int n = lanes(J - j);
+        vf total{};
+        for (int64_t k = 0; k < K; k++) total += left[k * a.stride[2]] * load(right + k * b.stride[1] + j, n);
+        store(out + j * p.out.stride[2], p.out.stride[2], total, n);
+      }
+    else
+      for (int64_t j = 0; j < J; j++) {
+        vf total{};
+        for (int64_t k = 0; k < K; k += W) {
+          const int n = lanes(K - k);
+          vf x = load(left + k * a.stride[2], a.stride[2], n), y = load(right + k * b.stride[1] + j * b.stride[2], b.stride[1], n);
+          if (n < W && (a.stride[2] == 0 || b.stride[1] == 0))
+            for (int l = n; l < W; l++) x[l] = 0;
+          total += x * y;
+        }
+        out[j * p.out.stride[2]] = sum(total);
+      }
+  }
+}
+
+Product matrix(const Instruction &i) { return {i.number[0], i.number[1], i.number[2], i.raw[0], i.raw[1]}; }
+
+// Rows `tokens` of the embedding.
+void embed(const Instruction &i, const int64_t *tokens) {
+  for (int64_t b = 0; b < i.size[0]; b++) product_unpack(matrix(i), tokens[b], tokens[b] + 1, i.out.at + b * i.out.stride[0]);
+}
+
+// Channels of all rows, in runs of 16 so that no two threads write to one line of memory.
+template <class F>
+void channel_runs(int64_t batch, int64_t channels, Share share, F f) {
+  const int64_t runs = (channels + 15) / 16, all = batch * runs;
+  for (int64_t task = share.begin(all); task < share.end(all);) {
+    const int64_t b = task / runs, first = task % runs;
+    const int64_t last = first + share.end(all) - task < runs ? first + share.end(all) - task : runs;
+    f(b, first * 16, last * 16 < channels ? last * 16 : channels);
+    task += last - first;
+  }
+}
+
+void conv(const Instruction &i, Share share) {
+  channel_runs(i.size[0], i.size[1], share, [&](int64_t b, int64_t begin, int64_t end) {
+    conv_step(b, begin, end, i.size[1], i.size[2], i.number[0], i.in[0], i.in[1].at, i.in[2].at, i.in[3].at, i.out);
+  });
+}
+
+void scan(const Instruction &i, Share share) {
+  channel_runs(i.size[0], i.size[1], share, [&](int64_t b, int64_t begin, int64_t end) {
+    scan_step(b, begin, end, i.size[1], i.size[2], i.in[0], i.in[1], i.in[2], i.in[3], i.in[4].at, i.in[5].at, i.in[6].at,
+              i.out);
+  });
+}
+
+void heads(const Instruction &i, Share share) {
+  float decay[1024];
+  const int64_t H = i.size[1], all = i.size[0] * H;
+  for (int64_t task = share.begin(all); task < share.end(all); task++)
+    if (i.code == ATTEND)
+      attend_step({H, i.number[1], i.size[2], i.size[3], i.number[0], i.in[0], i.in[1], i.in[2], i.in[3], i.in[4], i.out,
+                   i.in[5].at}, task / H, task % H, decay);
+    else
+      delta_step({H, i.size[2], i.size[3], i.number[0], i.in[0], i.in[1], i.in[2], i.in[3], i.in[4], i.in[5], i.out,
+                  i.in[6].at}, task / H, task % H, decay);
+}
+
+void perform(const Instruction &i, Share share, const int64_t *tokens) {
+  if (i.code < ADD) return map1(i, share);
+  if (i.code < WHERE) return map2(i, share);
+  if (i.code <= ADDCMUL) return map3(i, share);
+  switch (i.code) {
+    case SUM: case MEAN: case MAX: case NORM: return reduce(i, share);
+    case MATMUL: return matmul(i, share);
+    case EMBED: return embed(i, tokens);
+    case PREPARE: return product_prepare(matrix(i), i.size[0], i.in[0].at, i.in[0].stride[0], (void *)i.out.at);
+    case PRODUCT: {
+      const int64_t blocks = (i.number[1] + 31) / 32, end = share.end(blocks) * 32;
+      return product_rows(matrix(i), i.size[0], (const void *)i.in[0].at, share.begin(blocks) * 32,
+                          end < i.number[1] ? end : i.number[1], i.out.at, i.out.stride[0]);
+    }
+    case CONV: return conv(i, share);
+    case SCAN: return scan(i, share);
+    case ATTEND: case DELTA: return heads(i, share);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t ev_program_instruction_bytes() { return sizeof(Instruction); }
+
+void ev_program_run(const Instruction *program, int64_t length, const int64_t *tokens, int64_t threads) {
+  Barrier barrier;
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t id = omp_get_thread_num(), threads = omp_get_num_threads();  // as many as were really given
+    for (int64_t i = 0; i < length; i++) {
+      const bool shared = program[i].shared;
+      if (shared)
+        perform(program[i], {id, threads}, tokens);
+      else if (id == 0)
+        perform(program[i], {0, 1}, tokens);
+      if (i + 1 < length && (shared || program[i + 1].shared)) barrier.meet(threads);
+    }
+  }
+}
+
+}  // extern "C"
