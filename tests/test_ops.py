@@ -14,7 +14,7 @@ FOLDER = Path(everlong.ops.__file__).parent
 MODULES = {
     path.stem: importlib.import_module(f"everlong.ops.{path.stem}")
     for path in sorted(FOLDER.glob("*.py"))
-    if "TABLE = (" in path.read_text() and path.stem != "dispatch"
+    if "\nSEQUENCE = (" in path.read_text()
 }
 OPS = [(name, variant) for name, module in MODULES.items() for variant in getattr(module, "VARIANTS", (None,))]
 TWINS = [(n, v, row.name) for n, v in OPS for row in MODULES[n].TABLE if row.name not in ("reference", "native")]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import config, shapes
 from .. import state as states
+from ..ops.norm import norm
 
 __all__ = [
     "Config",
@@ -23,6 +24,7 @@ __all__ = [
     "Memory",
     "Mixer",
     "Mixing",
+    "RMSNorm",
     "block_diagonal",
     "dt_bias",
     "identity_values",
@@ -161,6 +163,18 @@ class Mixer(nn.Module):
     def examples(cls) -> dict[str, Any]:
         """Configurations that ``everlong check`` and the tests try; one per variant worth testing."""
         return {"default": cls.Config()}
+
+
+class RMSNorm(nn.Module):
+    """``nn.RMSNorm`` over the last axis, by the op ``norm``: its kernel is one pass where PyTorch has five."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [... D] -> [... D], in the dtype of the weights."""
+        return norm(x, weight=self.weight, eps=self.eps)
 
 
 def identity_values(batch: int, time: int, heads: int, *, like: Tensor) -> Tensor:

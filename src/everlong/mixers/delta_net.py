@@ -56,7 +56,7 @@ class DeltaNet(base.Mixer):
         self.qkv_proj = Linear(d_model, sum(self.widths), bias=False)
         self.conv = nn.Conv1d(sum(self.widths), sum(self.widths), cfg.conv_width, groups=sum(self.widths), bias=False)
         self.beta_proj = Linear(d_model, cfg.n_heads, bias=False)
-        self.norm = nn.RMSNorm(self.head_v, eps=cfg.norm_eps)
+        self.norm = base.RMSNorm(self.head_v, eps=cfg.norm_eps)
         self.out_proj = Linear(values, d_model, bias=False)
 
     def init_state(self, batch: int) -> State:

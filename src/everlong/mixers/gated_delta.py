@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from ..ops.common import unit
 from ..ops.delta_rule import delta_rule, delta_rule_step, gated
+from ..ops.gated_norm import gated_norm
 from ..ops.linear import Linear
 from ..ops.short_conv import short_conv, short_conv_step
 from ..shapes import state_dtype
@@ -67,7 +68,7 @@ class GatedDelta(base.Mixer):
         self.A_log = nn.Parameter(torch.empty(cfg.n_heads).uniform_(1e-3, 16.0).log())
         self.dt_bias = nn.Parameter(_dt_bias(cfg))
         self.gate_proj = Linear(d_model, values, bias=False)
-        self.norm = nn.RMSNorm(self.head_v, eps=cfg.norm_eps)
+        self.norm = base.RMSNorm(self.head_v, eps=cfg.norm_eps)
         self.out_proj = Linear(values, d_model, bias=False)
 
     def init_state(self, batch: int) -> State:
@@ -93,7 +94,9 @@ class GatedDelta(base.Mixer):
         return {"q": q * self.head_k**-0.5, "v": v, **gated(k, beta.sigmoid(), g)}
 
     def _finish(self, y: Tensor, x: Tensor) -> Tensor:
-        return self.out_proj(self.norm(y).flatten(-2) * F.silu(self.gate_proj(x)))
+        z = self.gate_proj(x).unflatten(-1, y.shape[-2:])
+        y = gated_norm(y, z, weight=self.norm.weight, eps=self.norm.eps, first="norm")
+        return self.out_proj(y.flatten(-2))
 
     def forward(self, x: Tensor, state: Any = None, *, starts: Tensor | None = None) -> tuple[Tensor, State]:
         """x [B T D] -> y [B T D], state."""

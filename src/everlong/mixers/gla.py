@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ops.gated_norm import gated_norm
 from ..ops.linear import Linear
 from ..ops.linear_attention import linear_attention, linear_attention_step
 from ..state import state
@@ -52,7 +53,7 @@ class GLA(base.Mixer):
         self.v_proj = Linear(d_model, values, bias=False)
         self.decay_proj = nn.Sequential(Linear(d_model, cfg.gate_rank, bias=False), Linear(cfg.gate_rank, keys))
         self.gate_proj = Linear(d_model, values, bias=False)
-        self.norm = nn.RMSNorm(self.head_v, eps=cfg.norm_eps)
+        self.norm = base.RMSNorm(self.head_v, eps=cfg.norm_eps)
         self.out_proj = Linear(values, d_model, bias=False)
 
     def init_state(self, batch: int) -> State:
@@ -67,7 +68,9 @@ class GLA(base.Mixer):
         return q * self.head_k**-0.5, k, v, (g / self.cfg.gate_scale).unflatten(-1, heads)
 
     def _finish(self, y: Tensor, x: Tensor) -> Tensor:
-        return self.out_proj(self.norm(y).flatten(-2) * F.silu(self.gate_proj(x)))
+        z = self.gate_proj(x).unflatten(-1, y.shape[-2:])
+        y = gated_norm(y, z, weight=self.norm.weight, eps=self.norm.eps, first="norm")
+        return self.out_proj(y.flatten(-2))
 
     def forward(self, x: Tensor, state: Any = None, *, starts: Tensor | None = None) -> tuple[Tensor, State]:
         """x [B T D] -> y [B T D], state."""

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..config import suggest
+from ..ops.gate import gate
 from ..ops.linear import Linear, linear
 from ..ops.selective_scan import selective_scan, selective_scan_step
 from ..ops.short_conv import short_conv, short_conv_step
@@ -71,7 +71,7 @@ class Mamba(base.Mixer):
         self.D = nn.Parameter(torch.ones(channels))
         self.out_proj = Linear(channels, d_model, bias=cfg.bias)
         widths = (self.rank, cfg.d_state, cfg.d_state)
-        norms = [nn.RMSNorm(n, eps=cfg.norm_eps) if cfg.norms == "rms" else nn.Identity() for n in widths]
+        norms = [base.RMSNorm(n, eps=cfg.norm_eps) if cfg.norms == "rms" else nn.Identity() for n in widths]
         self.dt_layernorm, self.b_layernorm, self.c_layernorm = norms
         self._initialize()
 
@@ -107,7 +107,7 @@ class Mamba(base.Mixer):
         x, conv = short_conv(x, **self._filter(), state=state.conv, starts=starts)
         tokens, fixed = self._select(x)
         y, memory = selective_scan(**tokens, **fixed, state=state.memory, starts=starts)
-        return self.out_proj(y * F.silu(z)), self.State(conv=conv, memory=memory)
+        return self.out_proj(gate(y, z)), self.State(conv=conv, memory=memory)
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """x [B D] -> y [B D], state."""
@@ -116,7 +116,7 @@ class Mamba(base.Mixer):
         x, conv = short_conv_step(x, **self._filter(), state=state.conv)
         tokens, fixed = self._select(x)
         y, memory = selective_scan_step(**tokens, **fixed, state=state.memory)
-        return self.out_proj(y * F.silu(z)), self.State(conv=conv, memory=memory)
+        return self.out_proj(gate(y, z)), self.State(conv=conv, memory=memory)
 
     def mixing(self, x: Tensor) -> base.Mixing:
         """See ``base.Mixer.mixing``; one matrix per channel, values of width 1 after convolution and SiLU."""

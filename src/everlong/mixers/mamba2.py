@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ops.gated_norm import gated_norm
 from ..ops.linear import Linear
 from ..ops.linear_attention import linear_attention, linear_attention_step
 from ..ops.short_conv import short_conv, short_conv_step
@@ -31,10 +32,8 @@ class GatedNorm(nn.Module):
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
         """y, z [... C] -> [... C]."""
-        wide = state_dtype(y)
-        gated = (y.to(wide) * F.silu(z.to(wide))).unflatten(-1, (self.n_groups, -1))
-        normed = F.rms_norm(gated, gated.shape[-1:], eps=self.eps).flatten(-2)
-        return normed.to(y.dtype) * self.weight
+        y, z, weight = (part.unflatten(-1, (self.n_groups, -1)) for part in (y, z, self.weight))
+        return gated_norm(y, z, weight=weight, eps=self.eps, first="gate").flatten(-2)
 
 
 class Mamba2(base.Mixer):

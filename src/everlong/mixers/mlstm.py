@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..ops.common import log_sigmoid
+from ..ops.gate import gate
 from ..ops.linear import Linear
 from ..ops.linear_attention import linear_attention, linear_attention_step
 from ..ops.max_plus_scan import max_plus_scan, max_plus_scan_step
+from ..ops.norm import norm
 from ..ops.short_conv import short_conv, short_conv_step
 from ..state import state
 from . import base
@@ -136,8 +137,9 @@ class MLSTM(base.Mixer):
         return self._read(y, tops), memory, last
 
     def _finish(self, h: Tensor, mixed: Tensor, z: Tensor) -> Tensor:
-        h = F.layer_norm(h, (self.head,), eps=self.cfg.norm_eps).flatten(-2).to(mixed.dtype) * self.norm_weight
-        return self.down_proj((h + self.skip * mixed) * F.silu(z))
+        weight = self.norm_weight.unflatten(0, h.shape[-2:])
+        h = norm(h, weight=weight, eps=self.cfg.norm_eps, style="layer").flatten(-2)
+        return self.down_proj(gate(h + self.skip * mixed, z))
 
     def forward(self, x: Tensor, state: Any = None, *, starts: Tensor | None = None) -> tuple[Tensor, State]:
         """x [B T D] -> y [B T D], state."""

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from ..ops.gated_norm import gated_norm
 from ..ops.linear import Linear
 from ..ops.linear_attention import linear_attention, linear_attention_step
 from ..state import state
@@ -81,8 +81,8 @@ class Retention(base.Mixer):
         return torch.tensor(gammas, **self.memory_factory).expand(*x.shape[:-1], self.cfg.n_heads)
 
     def _finish(self, y: Tensor, x: Tensor) -> Tensor:
-        y = F.rms_norm(y, (self.head_v,), eps=self.cfg.norm_eps)
-        return self.out_proj(F.silu(self.gate_proj(x)) * y.flatten(-2))
+        z = self.gate_proj(x).unflatten(-1, y.shape[-2:])
+        return self.out_proj(gated_norm(y, z, eps=self.cfg.norm_eps, first="norm").flatten(-2))
 
     def forward(self, x: Tensor, state: Any = None, *, starts: Tensor | None = None) -> tuple[Tensor, State]:
         """x [B T D] -> y [B T D], state."""

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from ..ops.common import segsum
 from ..ops.diagonal_scan import diagonal_scan, diagonal_scan_step
+from ..ops.gate import gate
 from ..ops.linear import Linear
 from ..ops.short_conv import short_conv, short_conv_step
 from ..state import state
@@ -79,8 +80,8 @@ class RGLRU(base.Mixer):
             nn.init.normal_(linear.weight, std=math.sqrt(variance / linear.in_features))
             nn.init.zeros_(linear.bias)
         nn.init.normal_(self.conv_weight, std=math.sqrt(0.01 / self.cfg.conv_width))
-        for gate in (self.input_gate_weight, self.recurrent_gate_weight):
-            nn.init.normal_(gate, std=gate.shape[1] ** -0.5)
+        for weight in (self.input_gate_weight, self.recurrent_gate_weight):
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
         for bias in (self.conv_bias, self.input_gate_bias, self.recurrent_gate_bias):
             nn.init.zeros_(bias)
         square = torch.empty_like(self.recurrent_param).uniform_(0.9**2, 0.999**2)
@@ -108,7 +109,7 @@ class RGLRU(base.Mixer):
         return g, input_scale(g) * i
 
     def _finish(self, h: Tensor, u: Tensor) -> Tensor:
-        return self.linear_out(h.to(u.dtype) * F.gelu(self.linear_y(u), approximate="tanh"))
+        return self.linear_out(gate(h, self.linear_y(u), activation="gelu_tanh"))
 
     def forward(self, x: Tensor, state: Any = None, *, starts: Tensor | None = None) -> tuple[Tensor, State]:
         """x [B T D] -> y [B T D], state."""

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from ..ops.common import previous
 from ..ops.delta_rule import delta_rule, delta_rule_step
 from ..ops.linear import Linear, linear
+from ..ops.norm import norm
 from ..shapes import state_dtype
 from ..state import state
 from . import base
@@ -158,8 +159,8 @@ class RWKV7(base.Mixer):
     def _finish(self, y: Tensor, parts: Parts) -> Tensor:
         """Norm per head, the bonus of the current token, gate, projection."""
         rule, shape = parts.rule, (self.n_heads, self.cfg.head_size)
-        y = F.layer_norm(y, shape[1:], eps=self.cfg.norm_eps)
-        y = torch.addcmul(self.norm_bias.view(shape), y, self.norm_weight.view(shape))
+        weight, bias = (part.to(y.dtype).view(shape) for part in (self.norm_weight, self.norm_bias))
+        y = norm(y, weight=weight, bias=bias, eps=self.cfg.norm_eps, style="layer")
         y = y + (rule["q"] * rule["k"] * self.r_k).sum(-1, keepdim=True) * rule["v"]
         return self.out_proj(y.flatten(-2).to(parts.gate.dtype) * parts.gate)
 

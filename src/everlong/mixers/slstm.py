@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from ..ops.norm import norm
 from ..ops.short_conv import short_conv, short_conv_step
 from ..ops.slstm_scan import slstm_scan, slstm_scan_step
 from ..state import state
@@ -84,7 +84,8 @@ class SLSTM(base.Mixer):
         return torch.cat([i_f, z_o], dim=-2) + self.bias
 
     def _finish(self, h: Tensor) -> Tensor:
-        return F.layer_norm(h, (self.head,), eps=self.cfg.norm_eps).flatten(-2) * self.norm_weight
+        weight = self.norm_weight.unflatten(0, h.shape[-2:])
+        return norm(h, weight=weight, eps=self.cfg.norm_eps, style="layer").flatten(-2)
 
     def forward(self, x: Tensor, state: Any = None, *, starts: Tensor | None = None) -> tuple[Tensor, State]:
         """x [B T D] -> y [B T D], state."""

@@ -6,31 +6,24 @@ the empty tuple as its state. A layer is ``x + mixer(norm(x))``, then optionally
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .. import config
 from ..config import suggest
 from ..mixers import base
+from ..ops.gate import ACTIVATIONS, check_activation, gate
 from ..ops.linear import Linear
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu2": lambda x: F.relu(x).square(),
-}
+from ..ops.norm import STYLES, norm
 
 
 class Norm(nn.Module):
     """RMSNorm ``w x / rms(x)`` or LayerNorm ``w (x - mean) / std + b`` over the last axis.
 
-    Computed in the dtype of x (fp32 for an fp32 residual), returned in the dtype of the weights.
+    Computed at least in the dtype of x (fp32 for an fp32 residual), returned in the dtype of the weights.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -41,8 +34,8 @@ class Norm(nn.Module):
         eps: float = 1e-5
 
         def __post_init__(self) -> None:
-            if self.style not in ("rms", "layer"):
-                raise ValueError(f"no norm {self.style!r}{suggest(self.style, ('rms', 'layer'))}")
+            if self.style not in STYLES:
+                raise ValueError(f"no norm {self.style!r}{suggest(self.style, STYLES)}")
 
     def __init__(self, cfg: Config, d_model: int) -> None:
         super().__init__()
@@ -52,12 +45,7 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [... D] -> [... D]."""
-        weight = self.weight.to(x.dtype)
-        if self.bias is None:
-            y = F.rms_norm(x, weight.shape, weight, self.cfg.eps)
-        else:
-            y = F.layer_norm(x, weight.shape, weight, self.bias.to(x.dtype), self.cfg.eps)
-        return y.to(self.weight.dtype)
+        return norm(x, weight=self.weight, bias=self.bias, eps=self.cfg.eps, style=self.cfg.style)
 
 
 Norm.Config.owner = Norm
@@ -91,11 +79,6 @@ def _hidden(cfg: Any, d_model: int) -> int:
     return cfg.hidden or -(-int(cfg.expand * d_model) // 8) * 8
 
 
-def _check_activation(name: str) -> None:
-    if name not in ACTIVATIONS:
-        raise ValueError(f"no activation {name!r}{suggest(name, ACTIVATIONS)}")
-
-
 @torch.no_grad()
 def _initialise(inner: nn.Linear, outer: nn.Linear, depth: base.Depth) -> None:
     for linear in (inner, outer):
@@ -110,7 +93,7 @@ class SwiGLU(FeedForward):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(base.Config):
-        """Inner width ``hidden``, or ``expand * D``; ``activation`` silu, gelu, gelu_tanh or relu2."""
+        """Inner width ``hidden``, or ``expand * D``; ``activation`` silu, sigmoid, gelu, gelu_tanh or relu2."""
 
         expand: float = 8 / 3
         hidden: int | None = None
@@ -118,7 +101,7 @@ class SwiGLU(FeedForward):
         bias: bool = False
 
         def __post_init__(self) -> None:
-            _check_activation(self.activation)
+            check_activation(self.activation)
 
     def __init__(self, cfg: Config, d_model: int, depth: base.Depth = base.Depth()) -> None:
         super().__init__(cfg, d_model, depth)
@@ -129,8 +112,8 @@ class SwiGLU(FeedForward):
 
     def transform(self, x: Tensor) -> Tensor:
         """[... D] -> [... D]."""
-        gate, value = self.in_proj(x).chunk(2, dim=-1)
-        return self.out_proj(ACTIVATIONS[self.cfg.activation](gate) * value)
+        z, value = self.in_proj(x).chunk(2, dim=-1)
+        return self.out_proj(gate(value, z, activation=self.cfg.activation))
 
 
 class MLP(FeedForward):
@@ -138,7 +121,7 @@ class MLP(FeedForward):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(base.Config):
-        """Inner width ``hidden``, or ``expand * D``; ``activation`` silu, gelu, gelu_tanh or relu2."""
+        """Inner width ``hidden``, or ``expand * D``; ``activation`` silu, sigmoid, gelu, gelu_tanh or relu2."""
 
         expand: float = 4.0
         hidden: int | None = None
@@ -146,7 +129,7 @@ class MLP(FeedForward):
         bias: bool = True
 
         def __post_init__(self) -> None:
-            _check_activation(self.activation)
+            check_activation(self.activation)
 
     def __init__(self, cfg: Config, d_model: int, depth: base.Depth = base.Depth()) -> None:
         super().__init__(cfg, d_model, depth)
@@ -194,9 +177,9 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """x [B T D] -> y [B T D], state. ``side`` travels from layer to layer of one call."""
         after = []
-        for (norm, block), before in zip(self._blocks(), state, strict=True):
+        for (prenorm, block), before in zip(self._blocks(), state, strict=True):
             extra = {"side": side} if block.side else {}
-            y, kept = block(norm(x), before, starts=starts, **extra)
+            y, kept = block(prenorm(x), before, starts=starts, **extra)
             x = x + y
             after.append(kept)
         return x, tuple(after)
@@ -206,9 +189,9 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """x [B D] -> y [B D], state. ``owned``: the caller gives the state up, so it may be written in place."""
         after = []
-        for (norm, block), before in zip(self._blocks(), state, strict=True):
+        for (prenorm, block), before in zip(self._blocks(), state, strict=True):
             extra = {"side": side} if block.side else {}
-            y, kept = (block.step_ if owned else block.step)(norm(x), before, **extra)
+            y, kept = (block.step_ if owned else block.step)(prenorm(x), before, **extra)
             x = x + y
             after.append(kept)
         return x, tuple(after)

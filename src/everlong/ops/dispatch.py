@@ -14,6 +14,8 @@ import torch
 
 from ..config import suggest
 
+FEW = 1 << 14  # numbers that one pass takes about as long for as a choice and a call of a kernel
+
 
 def never(**inputs: Any) -> str | None:
     """The refusal of a row that runs on everything."""
@@ -60,6 +62,14 @@ def run(table: tuple[Impl, ...], inputs: dict[str, Any], backend: str | None) ->
     device = next(x.device.type for x in inputs.values() if isinstance(x, torch.Tensor))
     with torch.autocast(device, enabled=False):
         return choose(table, inputs, backend).run(**inputs)
+
+
+def few(x: torch.Tensor, backend: str | None) -> bool:
+    """Whether an op of one pass may take its torch form unasked: x is small, so that choosing costs more than it saves.
+
+    The native rows of such ops refuse the same inputs, so ``explain`` names the form that runs.
+    """
+    return backend is None and x.numel() < FEW and "EVERLONG_BACKEND" not in os.environ
 
 
 def explain(op: Callable[..., Any], **inputs: Any) -> list[Choice]:

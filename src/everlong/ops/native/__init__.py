@@ -88,13 +88,31 @@ def last_axis_whole(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def rows(x: Tensor, group: int) -> tuple[Tensor, int, int]:
+    """x, and how its rows (the last axis) lie in memory: so many behind one another, then a step to the next group.
+
+    Where all lie behind one another, groups are of ``group``. What lies in no such way is copied.
+    """
+    inner, axis, length = 1, x.dim(), x.shape[-1]
+    while axis and (x.stride(axis - 1) == inner or x.shape[axis - 1] == 1):
+        axis, inner = axis - 1, inner * x.shape[axis - 1]
+    if axis == 0:
+        return x, group, group * length
+    step = expected = x.stride(axis - 1)
+    for size, stride in zip(reversed(x.shape[:axis]), reversed(x.stride()[:axis]), strict=True):
+        if (size != 1 and stride != expected) or axis == x.dim():
+            return x.contiguous(), group, group * length
+        expected *= size
+    return x, inner // length, step
+
+
 def threads_for(work: int) -> int:
-    """How many threads a pass over ``work`` numbers is worth: waking one costs as much as 16 thousand of them."""
+    """How many threads a pass over ``work`` numbers is worth: to wake one takes as long as 16 thousand of them."""
     return max(1, min(torch.get_num_threads(), work >> 14))
 
 
-def call(name: str, *args: Tensor | int | None) -> None:
-    """Call a kernel: tensors as pointers (they must be contiguous), None as a null pointer, integers as int64."""
+def call(name: str, *args: Tensor | float | None) -> None:
+    """Call a kernel: tensors as pointers (they must be contiguous), None as null, numbers as int64 or double."""
     assert not isinstance(_LIBRARY, str), _LIBRARY
     getattr(_LIBRARY, name)(*(_plain(x) for x in args))
 
@@ -107,8 +125,10 @@ def count(name: str, *args: int) -> int:
     return int(function(*(ctypes.c_int64(x) for x in args)))
 
 
-def _plain(x: Tensor | int | None) -> Any:
+def _plain(x: Tensor | float | None) -> Any:
     if isinstance(x, Tensor):
         assert x.is_contiguous()
         return ctypes.c_void_p(x.data_ptr())
+    if isinstance(x, float):
+        return ctypes.c_double(x)
     return ctypes.c_void_p(None) if x is None else ctypes.c_int64(x)

@@ -82,7 +82,7 @@ struct Scan {
   std::vector<float> constant(int64_t c0, int64_t c1) const {
     std::vector<float> e(s.fixed ? 2 * (c1 - c0) : 0);
     if (s.fixed)
-      lanes(c0, c1, [&](int64_t c, int n) {
+      lanes(c0, c1, [&](int64_t c, int n) EV_BOTH {
         vf real{}, imag{};
         decay<KIND>(g, c, n, real, imag);
         store(&e[c - c0], real, n);
@@ -107,7 +107,7 @@ struct Scan {
       const T *gs = g_row(at), *in = b + row;
       T *out = y + row;
       if (first(at)) std::memset(h, 0, (c1 - c0) * sizeof(float));
-      lanes(c0, c1, [&](int64_t c, int n) {
+      lanes(c0, c1, [&](int64_t c, int n) EV_BOTH {
         vf real{}, imag{};
         decay_of(gs, e, c0, c1, c, n, real, imag);
         __builtin_prefetch(in + s.width + c);
@@ -138,7 +138,7 @@ struct Scan {
       T *out = gb + row;
       Gg *slopes = gg + row / RATIO;
       const bool begins = first(at);
-      lanes(c0, c1, [&](int64_t c, int n) {
+      lanes(c0, c1, [&](int64_t c, int n) EV_BOTH {
         vf real{}, imag{};
         if (!begins) decay_of(gs, e, c0, c1, c, n, real, imag);
         __builtin_prefetch(from - s.width + c);
@@ -157,7 +157,7 @@ struct Scan {
     }
     std::memcpy(gstate + b_row * s.width + c0, carried, (c1 - c0) * sizeof(float));
     if (s.fixed)
-      lanes(c0, c1, [&](int64_t c, int n) {
+      lanes(c0, c1, [&](int64_t c, int n) EV_BOTH {
         store_slope<KIND>(gg + b_row * (s.width / RATIO), c, n, load(sums + c - c0, n));
       });
   }

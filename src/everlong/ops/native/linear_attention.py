@@ -11,7 +11,7 @@ from . import call, refusal
 from .prepare import common_dtype, flat, total, wants_gradient
 
 EVERY = 64  # tokens between two states kept for the backward pass, a multiple of the kernel's chunk of 16
-LANES = 64  # value lanes of a block, as in linear_attention.h
+LANES = 64  # values of a block, as in heads.h
 
 
 def refuse(**inputs: Any) -> str | None:

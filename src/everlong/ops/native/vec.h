@@ -21,6 +21,8 @@ extern "C" int omp_get_thread_num();
 inline int omp_get_thread_num() { return 0; }
 #endif
 
+#define EV_BOTH __attribute__((always_inline))  // of lambdas called twice, for whole vectors and for the rest
+
 namespace ev {
 
 constexpr int W = EV_WIDTH;
@@ -41,7 +43,7 @@ inline float scalar(bf16 x) {
   return f;
 }
 
-inline vf splat(float x) { return vf{} + x; }
+inline vf splat(float x) { return x - vf{}; }  // x + 0 would be an addition: it changes -0
 
 inline vf load(const float *p) {
   vf v;
@@ -56,10 +58,17 @@ inline vf load(const bf16 *p) {
 }
 inline void store(float *p, vf v) { std::memcpy(p, &v, sizeof v); }
 inline vh to_bf16(vf v) {  // round to nearest even; NaN stays NaN
+#if defined(__AVX512BF16__)  // one instruction, which takes numbers below 1.2e-38 for 0
+  const __m256bh rounded = _mm512_cvtneps_pbh(v);
+  vh h;
+  std::memcpy(&h, &rounded, sizeof h);
+  return h;
+#else
   vu u = (vu)v;
   vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   vu nan = (u >> 16) | 0x40u;
   return __builtin_convertvector(v != v ? nan : rounded, vh);
+#endif
 }
 inline void store(bf16 *p, vf v) {
   vh h = to_bf16(v);
@@ -109,11 +118,23 @@ inline vf alternating() {  // -1, 1, -1, 1, ...
 
 inline vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
 
-inline float sum(vf v) {
-  float total = 0;
-  for (int i = 0; i < W; i++) total += v[i];
-  return total;
-}
+// The sum of all lanes, by halves.
+template <int N>
+struct Lanes {
+  typedef float type __attribute__((vector_size(4 * N)));
+  static float sum(type v) {
+    typename Lanes<N / 2>::type low, high;
+    std::memcpy(&low, &v, sizeof low);
+    std::memcpy(&high, (const char *)&v + sizeof low, sizeof high);
+    return Lanes<N / 2>::sum(low + high);
+  }
+};
+template <>
+struct Lanes<1> {
+  typedef float type;
+  static float sum(float v) { return v; }
+};
+inline float sum(vf v) { return Lanes<W>::sum(v + vf{}); }  // halves of a new value: v itself stays in a register
 
 // exp(r) for |r| <= log(2) / 2, relative error below 1e-7; r^2 times a polynomial of degree 4, fitted, plus r + 1.
 inline vf exp_near_0(vf r) {
