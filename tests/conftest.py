@@ -6,7 +6,15 @@ import torch
 with torch.device("meta"):  # torch notes once which functions make tensors: before they are replaced below
     torch.zeros(1)
 
-SLOW = ("test_oracle_", "test_models.py", "test_native.py", "test_ops.py", "test_killed_twice")
+SLOW = (
+    "test_oracle_",
+    "test_models.py",
+    "test_native.py",
+    "test_ops.py",
+    "test_killed_twice",
+    "::TestPeers",
+    "::TestMemory",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -166,6 +166,11 @@ class TestOps:
         rows = [row for row in ops.time_item(ops.items(plan)[0], plan) if row["backend"] == "picky"]
         assert [(row["status"], row["reason"]) for row in rows] == [("refused", "it is Sunday")] * 2
 
+    def test_gradients_over_many_tokens_are_summed_in_fp32(self):
+        plan = ops.OpsPlan(ops=("diagonal_scan",), cases=(TINY.but(time=500, heads=16),), dtypes=("bf16",), pace=FAST)
+        item = next(item for item in ops.items(plan) if item.case.variant == "invariant")
+        assert {row["status"] for row in ops.time_item(item, plan)} == {"timed"}
+
     def test_large_graphs_of_loops_are_left_out(self):
         item = ops.Item(
             "linear_attention", Case("wide", batch=1, time=4096, heads=2, keys=256, values=256, variant="none")
@@ -485,6 +490,7 @@ MODELS |= {"seconds": None, "quick": False}
         (ops_plan, {"backends": ["cuda"]}, "no backend 'cuda'; known: native, reference, torch"),
         (ops_plan, {"seconds": 0.0}, "seconds must be above 0, got 0"),
         (models_plan, {"models": ["mamba130"]}, "no preset 'mamba130'; did you mean 'mamba-130m'"),
+        (models_plan, {"weights": []}, "nothing to time; name at least one"),
         (models_plan, {"measures": ["prefil"]}, "no measure 'prefil'; did you mean 'prefill'"),
         (models_plan, {"weights": ["int3"]}, "no weight format 'int3'; did you mean 'int"),
         (models_plan, {"against": ["vllm"]}, "no peer 'vllm'; known: llama.cpp, transformers"),

@@ -11,7 +11,7 @@ import typer
 
 app = typer.Typer(
     name="everlong",
-    help="Sequence models whose cost stays linear: compare, train, generate, check.",
+    help="Sequence models whose cost stays linear: compare, train, generate, check, bench.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",

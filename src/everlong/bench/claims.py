@@ -35,7 +35,7 @@ def lines(kind: str, rows: list[Row]) -> list[Line]:
 
 
 def _line(claim: str, asked: str, spread: dict[str, float], holds: bool, unit: str = "x") -> Line:
-    low, middle, high = (f"{spread[key]:.3g}{unit}" for key in ("min", "median", "max"))
+    low, middle, high = (f"{clock.figure(spread[key])}{unit}" for key in ("min", "median", "max"))
     told = middle if spread["rounds"] == 1 else f"{middle} ({low} to {high}, {spread['rounds']:.0f} rounds)"
     return {"claim": claim, "asked": asked, "measured": told, "holds": holds}
 

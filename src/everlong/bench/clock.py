@@ -82,6 +82,11 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     }
 
 
+def figure(value: float) -> str:
+    """Three digits, and no exponent for large numbers."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
 def rates(laps: Laps, amount: float) -> dict[str, float]:
     """``amount`` per second, over the rounds: of a round that handles ``amount``."""
     return spread([amount / total for total in laps.totals()])

@@ -44,6 +44,8 @@ def models_plan(
     if quick:
         models, weights, sizes = models[:1], ["bf16"], QUICK
         measures = measures or ["prefill", "decode", "batch", "memory"]
+    if not models or not weights:
+        raise ValueError("nothing to time; name at least one of --models and of --weights, or leave them out")
     counts = {name: numbers(name, text) for name, text in sizes.items()}
     return ModelsPlan(
         models={name: preset(name) for name in check_models(models)},

@@ -24,6 +24,7 @@ from .cases import Case
 from .common import chunk_size, heads_first, heads_last, loop, suffix_sum
 from .decay import decayed
 from .key_decay import Decayed, decay_pairs
+from .native.delta_rule import delta_rule_native, refuse
 from .record import leaf
 
 SEQUENCE = ("q", "k", "v", "a", "b", "g")
@@ -160,6 +161,7 @@ def _sweep(move: Tensor, add: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
 
 
 TABLE = (
+    dispatch.Impl("native", delta_rule_native, refuse),
     dispatch.Impl("torch", delta_rule_chunk),
     dispatch.Impl("reference", delta_rule_reference),
 )

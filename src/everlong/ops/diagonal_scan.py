@@ -39,7 +39,8 @@ def diagonal_scan_reference(
     b: Tensor, g: Tensor, *, state: Tensor, starts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The loop over ``diagonal_scan_step``."""
-    if g.dim() == 1:
+    if g.dim() == 1:  # widened once: the gradients of all tokens are then summed in fp32, not in bf16
+        g = g if g.is_complex() else g.to(state_dtype(g))
         return loop(diagonal_scan_step, {"b": b}, g=g, state=state, starts=starts)
     return loop(diagonal_scan_step, {"b": b, "g": g}, state=state, starts=starts)
 

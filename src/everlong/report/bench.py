@@ -87,7 +87,7 @@ def show(results: Results, console: Console) -> None:
 def printed(table: Table) -> Printed:
     """A table for the terminal, medians alone; rows that do not match their reference are red."""
     made = Printed(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=0)
-    widest = min(18, max(len(line.cells[0]) for line in table.lines))
+    widest = min(15, max(len(line.cells[0]) for line in table.lines))
     for number, head in enumerate(table.head):
         words = number < table.words
         made.add_column(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..bench.clock import figure
 from .measures import comma, milliseconds, short, size
 
 Results = dict[str, Any]
@@ -58,8 +59,8 @@ def ratio(spread: dict[str, float] | None) -> str:
     """``3.10x (2.9 to 3.4)``, or the median alone of a single round."""
     if spread is None:
         return NOTHING
-    middle = f"{spread['median']:.3g}x"
-    return middle if spread["rounds"] == 1 else f"{middle} ({spread['min']:.3g} to {spread['max']:.3g})"
+    low, middle, high = (figure(spread[key]) for key in ("min", "median", "max"))
+    return f"{middle}x" if spread["rounds"] == 1 else f"{middle}x ({low} to {high})"
 
 
 def among(spread: dict[str, float] | None, show: Any = comma) -> str:
@@ -118,17 +119,13 @@ def _default_form(rows: list[Row]) -> Line | None:
         best["case"],
         best["dtype"],
         best["backend"],
-        among(best["ms"], _figure),
-        among(both["ms"], _figure) if both else NOTHING,
+        among(best["ms"], figure),
+        among(both["ms"], figure) if both else NOTHING,
         _plain(best["gflops"]),
         _plain(best["gbs"]),
         ratio(best["against"].get("reference")),
     )
     return Line(cells, wrong is not None, note)
-
-
-def _figure(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _every_form(name: str, rows: list[Row]) -> Table:
@@ -143,7 +140,7 @@ def _every_form(name: str, rows: list[Row]) -> Table:
                     row["dtype"],
                     row["pass"],
                     row["backend"],
-                    among(row.get("ms"), _figure),
+                    among(row.get("ms"), figure),
                     _plain(row.get("gflops")),
                     _plain(row.get("gbs")),
                     ratio(row.get("against", {}).get("reference")),
@@ -206,7 +203,7 @@ def _prefill(rows: list[Row], model: str) -> Table:
     words: Columns = {"engine": _engine, "prompt": lambda row: short(row["length"]) if row["length"] else NOTHING}
     figures: Columns = {
         "tokens/s": lambda row: among(row["tokens_per_second"]),
-        "first token, s": lambda row: among(row["seconds"], _figure),
+        "first token, s": lambda row: among(row["seconds"], figure),
         "slower": _slower(rows, "length"),
     }
     return _table(rows, "prefill", f"{model}: reading a prompt", told, words, figures)

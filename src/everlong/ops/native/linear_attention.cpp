@@ -194,7 +194,7 @@ struct Forward : Problem<T> {
         if (every && begin % every == 0) write(S, p.state_rows(kept, (b * slots + begin / every) * p.heads + h, lane));
         for (int64_t t = begin; t < p.end(begin); t += C) {
           const Chunk &chunk = turn.chunks[(t - begin) / C];
-          read(p.value_rows(p.v, b, t, h, lane), v, C);
+          read(p.value_rows(p.v, b, t, chunk.n, h, lane), v, C);
           scale(v, chunk.rest, chunk.n, columns, scaled);
           for (int64_t c = 0; c < width; c += PANEL) {
             const int64_t wide = std::min(PANEL, width - c);
@@ -203,7 +203,7 @@ struct Forward : Problem<T> {
             advance(chunk.keep + c, {chunk.writes + c, 1, width}, chunk.n, scaled, wide, columns, panel);
           }
           add_triangle(chunk.n, columns, chunk.reach, {chunk.scores, C, 1}, false, v, out);
-          write(out, p.value_rows(y, b, t, h, lane));
+          write(out, p.value_rows(y, b, t, chunk.n, h, lane));
         }
       }
     for (const auto &item : items) write(item.S, p.state_rows(final_state, b * p.heads + item.h, item.lane));
@@ -276,7 +276,7 @@ struct Backward : Problem<T> {
     float *sum_q = w.gq + i * C * width, *sum_k = w.gk + i * C * width;
     Slopes &s = w.slopes;
     vf reads[C] = {}, writes[C] = {};
-    read(p.value_rows(gy, b, begin, item.h, item.lane), w.gy, C);
+    read(p.value_rows(gy, b, begin, n, item.h, item.lane), w.gy, C);
     transpose(v, C, columns, w.turned_v);
     product(n, C, {w.gy, columns, 1}, columns, w.turned_v, s.scores, C);
     scale(v, chunk.rest, n, columns, w.scaled_v);
@@ -285,10 +285,10 @@ struct Backward : Problem<T> {
       panel(chunk, c, std::min(PANEL, width - c), columns, w.states[i] + c * columns, v, item.S + c * columns, sum_q,
             sum_k, reads, writes, w);
     add_triangle(n, columns, chunk.rest, {chunk.scores, 1, C}, true, w.gy, w.gv);
-    write(w.gv, p.value_rows(gv, b, begin, item.h, item.lane));
+    write(w.gv, p.value_rows(gv, b, begin, n, item.h, item.lane));
     if (p.per_key) {
       adjoint_per_key(p, b, begin, chunk, s, sum_q, sum_k, item.u);
-      write(s.g, p.gate_rows(gg, row, begin, item.h));
+      write(s.g, p.gate_rows(gg, row, begin, n, item.h));
     } else {
       adjoint_per_head(chunk, width, s.scores, s.keep, reads, writes, w.raw + i * C * C, s.g);
       for (int t = 0; t < n; t++) gg[(row * p.time + begin + t) * p.heads + item.h] = s.g[t];
@@ -304,7 +304,7 @@ struct Backward : Problem<T> {
     read(p.state_rows(kept, (b * slots + begin / p.span) * p.heads + item.h, item.lane, true), w.state, width);
     for (int i = 0; i < many; i++) {
       const Chunk &chunk = w.turn.chunks[i];
-      read(p.value_rows(p.v, b, begin + i * C, item.h, item.lane), w.values[i], C);
+      read(p.value_rows(p.v, b, begin + i * C, chunk.n, item.h, item.lane), w.values[i], C);
       scale(w.values[i], chunk.rest, chunk.n, columns, w.scaled_v);
       for (int64_t c = 0; c < width; c += PANEL) {
         const int64_t wide = std::min(PANEL, width - c), at = c * columns;
@@ -366,8 +366,8 @@ void ev_linear_attention(int64_t half, int64_t batch, int64_t time, int64_t grou
                          float *kept, int64_t every, int64_t parts, int64_t threads) {
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    const Problem<T> p{batch, time, groups, heads, keys, values, per_key, (const T *)q, (const T *)k, (const T *)v, g,
-                       bonus, starts, every ? every : TURN, false};
+    const Problem<T> p{{batch, time, groups, heads, keys, values, every ? every : TURN, false, starts},
+                       (const T *)q, (const T *)k, (const T *)v, g, bonus, bool(per_key)};
     Forward<T>{p, state, (T *)y, final_state, kept, every, parts}.run(int(threads));
   };
   half ? run(bf16{}) : run(0.0f);
@@ -381,8 +381,8 @@ void ev_linear_attention_backward(int64_t half, int64_t batch, int64_t time, int
                                   int64_t threads) {
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    const Problem<T> p{batch, time, groups, heads, keys, values, per_key, (const T *)q, (const T *)k, (const T *)v, g,
-                       bonus, starts, every, true};
+    const Problem<T> p{{batch, time, groups, heads, keys, values, every, true, starts},
+                       (const T *)q, (const T *)k, (const T *)v, g, bonus, bool(per_key)};
     Backward<T>{p, kept, gfinal, (const T *)gy, (T *)gv, gq, gk, gg, gbonus, gstate, parts}.run(int(threads));
   };
   half ? run(bf16{}) : run(0.0f);

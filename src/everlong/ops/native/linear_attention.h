@@ -1,76 +1,19 @@
 // What a chunk of linear attention is made of, and the gradients of its parts: scores, reads, writes, decay.
 #pragma once
-#include "tile.h"
+#include "heads.h"
 
 namespace ev {
 
 constexpr int C = 16;  // tokens of a chunk
 
 template <class T>
-struct Problem {
-  int64_t batch, time, groups, heads, keys, values, per_key;
+struct Problem : Heads {
   const T *q, *k, *v;
   const float *g, *bonus;  // g [B T H], [B T H K] or null; bonus [H K] or null (it comes with a g per key)
-  const uint8_t *starts;
-  int64_t span;  // tokens of one head in a row, a multiple of C
-  bool back;        // in time
+  bool per_key;
 
-  static constexpr int64_t lanes = 64;  // value lanes of a block
-  int64_t width() const { return padded(keys); }
-  int64_t value_blocks() const { return blocks(values, lanes); }
-  int64_t group_of(int64_t h) const { return h / (heads / groups); }
-  int64_t ahead() const { return back ? -span : 0; }
-  int64_t end(int64_t begin) const { return std::min(begin + span, time); }
   int size(int64_t begin) const { return int(std::min<int64_t>(C, time - begin)); }
-  bool start(int64_t b, int64_t t) const { return starts && starts[b * time + t]; }
-
-  // n tokens of q, k or what is shaped like them; of the decays per key; of v or what is like it.
-  template <class P>
-  Rows<P> key_rows(P *p, int64_t b, int64_t begin, int64_t n, int64_t group) const {
-    return {p + ((b * time + begin) * groups + group) * keys, groups * keys, n, keys, ahead()};
-  }
-  template <class P>
-  Rows<P> gate_rows(P *p, int64_t b, int64_t begin, int64_t h) const {
-    return {p + ((b * time + begin) * heads + h) * keys, heads * keys, size(begin), keys, ahead()};
-  }
-  template <class P>
-  Rows<P> value_rows(P *p, int64_t b, int64_t begin, int64_t h, int64_t lane) const {
-    const int64_t many = std::min(lanes, values - lane);
-    return {p + ((b * time + begin) * heads + h) * values + lane, heads * values, size(begin), many, ahead()};
-  }
-  // The lanes of state number i of [... K V]; that of the same head before it is wanted soon where several are kept.
-  template <class P>
-  Rows<P> state_rows(P *p, int64_t i, int64_t lane, bool kept = false) const {
-    return {p + i * keys * values + lane, values, keys, std::min(lanes, values - lane), kept ? -heads * keys : 0};
-  }
 };
-
-// One head and one block of its value lanes, with its state or the gradient of that, and the bonus' gradient.
-struct Item {
-  int64_t h, lane, columns;
-  Buffer S, u;
-};
-
-// Room for the items of a task, as many as the (head, block) pairs of a part can be.
-template <class T>
-std::vector<Item> room_for_items(const Problem<T> &p, int64_t pairs, int64_t parts) {
-  const int64_t columns = padded(std::min(p.lanes, p.values));
-  return std::vector<Item>(blocks(pairs, parts), Item{0, 0, 0, Buffer(p.width() * columns), Buffer(p.width())});
-}
-
-// Sets the first items to pairs number `from` to `to`, with their states of [B H K V].
-template <class T>
-void set_items(const Problem<T> &p, const float *states, int64_t b, int64_t from, int64_t to, std::vector<Item> &items) {
-  items.resize(to - from, items[0]);
-  for (int64_t i = from; i < to; i++) {
-    Item &item = items[i - from];
-    item.h = i / p.value_blocks();
-    item.lane = i % p.value_blocks() * p.lanes;
-    item.columns = padded(std::min(p.lanes, p.values - item.lane));
-    read(p.state_rows(states, b * p.heads + item.h, item.lane), item.S, p.width());
-    std::fill_n((float *)item.u, p.width(), 0.0f);
-  }
-}
 
 // One chunk of one head, ready for the products
 //     y = scores v + reach (reads S),      S <- diag(keep) S + writes^T (rest v),
@@ -209,7 +152,7 @@ void prepare_per_key(const Problem<T> &p, int64_t b, int64_t h, int64_t begin, C
   const int64_t width = p.width();
   const int n = chunk.n, shift = p.bonus ? 1 : 0;
   float *d = chunk.d, *reads = chunk.own_reads, *writes = chunk.own_writes;
-  read(p.gate_rows(p.g, b, begin, h), d, C,
+  read(p.gate_rows(p.g, b, begin, n, h), d, C,
        [&](vf x, int64_t i, int64_t) { return p.start(b, begin + i) ? vf{} : ev::exp(x); });
   std::fill_n((float *)chunk.scores, C * C, 0.0f);
   const float *q = shift ? own_scores(p, b, h, begin, chunk) : chunk.q;

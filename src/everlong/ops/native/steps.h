@@ -11,17 +11,24 @@ struct Ref {
   int64_t stride[4];
 };
 
-// The same as load and store with a distance between the lanes.
-inline vf load(const float *p, int64_t stride, int n) {
+// The same as load and store with a distance between the lanes; rare cases stay out of line, or compiling takes long.
+__attribute__((noinline)) static vf load_rare(const float *p, int64_t stride, int n) {
   if (stride == 1) return load(p, n);
-  if (stride == 0) return splat(*p);
   vf v{};
   for (int i = 0; i < n; i++) v[i] = p[i * stride];
   return v;
 }
-inline void store(float *p, int64_t stride, vf v, int n) {
+inline vf load(const float *p, int64_t stride, int n) {
+  if (stride == 1 && n == W) return load(p);
+  return stride == 0 ? splat(*p) : load_rare(p, stride, n);
+}
+__attribute__((noinline)) static void store_rare(float *p, int64_t stride, vf v, int n) {
   if (stride == 1) return store(p, v, n);
   for (int i = 0; i < n; i++) p[i * stride] = v[i];
+}
+inline void store(float *p, int64_t stride, vf v, int n) {
+  if (stride == 1 && n == W) return store(p, v);
+  store_rare(p, stride, v, n);
 }
 
 inline int lanes(int64_t left) { return left < W ? int(left) : W; }

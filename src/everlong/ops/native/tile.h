@@ -84,10 +84,6 @@ template <class T>
 inline void write(const float *from, Rows<T> to) {
   write(from, to, [](vf x, T *, int) { return x; });
 }
-inline void add(const float *from, Rows<float> to) {
-  write(from, to, [](vf x, float *old, int n) { return x + load(old, n); });
-}
-
 // The scalars a(i, d) = p[i * row + d * col] of a product: a matrix, or its transpose.
 struct Scalars {
   const float *p;
@@ -180,15 +176,18 @@ EV_INLINE void transpose_step(vf *x) {
   }
 }
 
-// out[c][r] = in[r][c] for rows and columns that are multiples of LANES
-inline void transpose(const float *in, int64_t rows, int64_t columns, float *out) {
+// out[c][r] = in[r][c] for rows and columns that are multiples of LANES; in has rows of `ld`
+inline void transpose(const float *in, int64_t rows, int64_t columns, int64_t ld, float *out) {
   for (int64_t r = 0; r < rows; r += W)
     for (int64_t c = 0; c < columns; c += W) {
       vf x[W];
-      for (int i = 0; i < W; i++) x[i] = load(in + (r + i) * columns + c);
+      for (int i = 0; i < W; i++) x[i] = load(in + (r + i) * ld + c);
       transpose_step<1>(x);
       for (int i = 0; i < W; i++) store(out + (c + i) * rows + r, x[i]);
     }
+}
+inline void transpose(const float *in, int64_t rows, int64_t columns, float *out) {
+  transpose(in, rows, columns, columns, out);
 }
 
 template <int S>

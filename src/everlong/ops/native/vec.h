@@ -43,7 +43,7 @@ inline float scalar(bf16 x) {
   return f;
 }
 
-inline vf splat(float x) { return vf{} + x; }
+inline vf splat(float x) { return x - vf{}; }  // x + 0 would be an addition: it changes -0
 
 inline vf load(const float *p) {
   vf v;
