@@ -88,10 +88,8 @@ def weights_like(out: Tensor) -> Tensor:
     return torch.randn(out.shape, dtype=wide).to(out.dtype)
 
 
-def outputs_of(result: Tensor | tuple[Tensor, Any]) -> list[Tensor]:
-    """y and the leaves of the final state that are no integers; ops without a state return y alone."""
-    if isinstance(result, Tensor):
-        return [result]
+def outputs_of(result: tuple[Tensor, Any]) -> list[Tensor]:
+    """y and the leaves of the final state that are no integers."""
     y, final = result
     return [y, *(leaf for _, leaf, _ in states.leaves(final) if is_real(leaf))]
 

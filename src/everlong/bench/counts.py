@@ -69,30 +69,15 @@ def _max_plus_scan(i: dict[str, Any]) -> float:
     return 2 * i["x"].numel()
 
 
-def _gate(i: dict[str, Any]) -> float:
-    return 5 * i["x"].numel()  # an activation of four operations, and the product
-
-
-def _norm(i: dict[str, Any]) -> float:
-    return i["x"].numel() * (3 + 2 * (i["style"] == "layer") + (i["weight"] is not None) + (i["bias"] is not None))
-
-
-def _gated_norm(i: dict[str, Any]) -> float:
-    return i["x"].numel() * (8 + (i["weight"] is not None))
-
-
 OPERATIONS: dict[str, Callable[[dict[str, Any]], float]] = {
     "attention": _attention,
     "delta_rule": _delta_rule,
     "diagonal_scan": _diagonal_scan,
     "diagonal_ssm": _diagonal_ssm,
-    "gate": _gate,
-    "gated_norm": _gated_norm,
     "linear_attention": _linear_attention,
     "long_conv": _long_conv,
     "lstm_scan": _lstm_scan,
     "max_plus_scan": _max_plus_scan,
-    "norm": _norm,
     "selective_scan": _selective_scan,
     "short_conv": _short_conv,
     "slstm_scan": _slstm_scan,

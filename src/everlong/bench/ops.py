@@ -57,10 +57,10 @@ class Item:
 
 
 def modules() -> dict[str, ModuleType]:
-    """The ops: every file in ``ops/`` that has a table of implementations."""
+    """The ops: every file in ``ops/`` with a table of implementations that works along time (gates and norms do not)."""
     folder = Path(ops.__file__).parent
     found = {path.stem: importlib.import_module(f"{ops.__name__}.{path.stem}") for path in sorted(folder.glob("*.py"))}
-    return {name: module for name, module in found.items() if hasattr(module, "TABLE") and hasattr(module, "inputs")}
+    return {name: module for name, module in found.items() if hasattr(module, "TABLE") and hasattr(module, "SEQUENCE")}
 
 
 def chosen_ops(names: list[str]) -> tuple[str, ...]:
@@ -126,10 +126,9 @@ class Subject:
     def __init__(self, item: Item) -> None:
         self.item, self.module = item, modules()[item.op]
         self.op: Callable[..., Any] = getattr(self.module, item.op)
-        self.sequence: tuple[str, ...] = getattr(self.module, "SEQUENCE", ("x", "z"))  # gates and norms have no other
         torch.manual_seed(0)
         made = self.module.inputs(item.case.but(dtype=torch.float64))
-        self.inputs = {name: _rounded(x, name in self.sequence) for name, x in made.items()}
+        self.inputs = {name: _rounded(x, name in self.module.SEQUENCE) for name, x in made.items()}
         self.complex = any(x.is_complex() for x in self.inputs.values() if isinstance(x, Tensor))
         with torch.no_grad():
             self.truth = outputs_of(self.op(**self.inputs, backend="reference"))
@@ -137,7 +136,7 @@ class Subject:
 
     def cast(self, dtype: torch.dtype, inputs: dict[str, Any] | None = None) -> dict[str, Any]:
         """The inputs in fp32, or with what varies in time in bf16."""
-        halves = self.sequence if dtype == torch.bfloat16 else ()
+        halves = self.module.SEQUENCE if dtype == torch.bfloat16 else ()
         return {name: _cast(x, name in halves) for name, x in (inputs or self.inputs).items()}
 
     def check(self, form: str, dtype: torch.dtype, *, backward: bool) -> Verdict:
@@ -174,7 +173,7 @@ class Subject:
 
     def part(self, count: int) -> dict[str, Any]:
         """The inputs of the first ``count`` tokens; a vector has no time axis."""
-        sequence = {n for n in self.sequence if self.inputs[n] is not None and self.inputs[n].dim() > 1}
+        sequence = {n for n in self.module.SEQUENCE if self.inputs[n] is not None and self.inputs[n].dim() > 1}
         return {name: x[:, :count] if name in sequence else x for name, x in self.inputs.items()}
 
     @property
