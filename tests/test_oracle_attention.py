@@ -21,6 +21,7 @@ from everlong.mixers.hyena import Hyena
 from everlong.numerics import assert_close
 from everlong.ops import attention as attention_op
 from everlong.ops import long_conv as long_conv_op
+from everlong.ops.attention_decode import attention_step_
 from everlong.ops.cases import Case
 
 WIDTH = 64
@@ -190,7 +191,7 @@ def test_attention_is_its_steps(variant):
     laws.same(got, want, "output")
     laws.same(ours, final, "state")
     owned = state.map_leaves(torch.clone, initial)
-    got, ours = play(attention_op.attention_step_, owned, inputs, {}, starts)
+    got, ours = play(attention_step_, owned, inputs, {}, starts)
     laws.same(got, want, "output in place")
     slots = min(ours.k.shape[1], final.k.shape[1])
     laws.same(ours.k[:, :slots], final.k[:, :slots], "keys in place")

@@ -19,7 +19,7 @@ from everlong.ops.norm import norm
 MODULES = {
     path.stem: importlib.import_module(f"everlong.ops.{path.stem}")
     for path in sorted(Path(everlong.ops.__file__).parent.glob("*.py"))
-    if "\nTABLE = (" in path.read_text() and "\nSEQUENCE = (" not in path.read_text()
+    if "\nVARIANTS = " in path.read_text() and "\nSEQUENCE = (" not in path.read_text()
 }
 OPS = [(name, variant) for name, module in MODULES.items() for variant in module.VARIANTS]
 BUILDS = [build for build in native.supported() if (native.FOLDER / f"_{build}.so").exists()]

@@ -6,6 +6,8 @@ Query heads may share key-value heads (``k`` and ``v`` have G heads, G divides H
 The state holds keys and values by slot and ``position`` [B] = tokens since the row's document began. The token at
 position p lies in slot ``p mod S``. Without a window the cache grows by the tokens of each call, and slots beyond a
 row's position are zero; rows may stand at different positions. With a window S = w for ever (a ring).
+The products of many tokens, with their gradients, are PyTorch's scaled_dot_product_attention, a well-kept library; one
+token in place, where it has most to prepare, has a kernel of its own (``ops/attention_decode``).
 Sources: arXiv 1706.03762 eq. 1; 2305.13245 (grouped queries); 2310.06825 sec. 2 (window and ring).
 """
 
@@ -100,31 +102,6 @@ def _read(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: float | 
 
 def _scale(q: Tensor, scale: float | None) -> float:
     return q.shape[-1] ** -0.5 if scale is None else scale
-
-
-def attention_step_(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, state: Cache
-) -> tuple[Tensor, Cache]:
-    """``attention_step`` for a caller that owns ``state`` alone and gives it up: its buffers are written in place.
-
-    A cache without a free slot is first copied into one with half as many slots again, so n tokens
-    cost O(n) copying in all. No gradients: call it under ``torch.no_grad()``.
-    """
-    fewest, most = (int(bound) + 1 for bound in state.position.aminmax())
-    keys, values = (_with_room(x, 0 if isinstance(state, Ring) else most) for x in (state.k, state.v))
-    at = torch.arange(len(q), device=q.device), state.position % keys.shape[1]
-    keys[at], values[at] = k.to(keys.dtype), v.to(values.dtype)
-    position, filled = state.position + 1, min(most, keys.shape[1])
-    seen = None
-    if fewest < filled:  # rows stand at different positions
-        seen = (torch.arange(filled, device=q.device) < position[:, None])[:, None, None]
-    y = _sdpa(q[:, None], keys[:, :filled], values[:, :filled], seen, scale)
-    return y[:, 0].to(v.dtype), type(state)(keys, values, position)
-
-
-def _with_room(x: Tensor, slots: int) -> Tensor:
-    """``x [B S ...]`` itself, or where S < ``slots`` a longer copy."""
-    return x if x.shape[1] >= slots else F.pad(x, [0, 0, 0, 0, 0, max(slots * 3 // 2, 16) - x.shape[1]])
 
 
 def attention_reference(
@@ -247,17 +224,17 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, view: _View, scale: float |
     """q [B T H K], keys [B S+T G K], values [B S+T G V] -> [B T H V]."""
     batch, time = q.shape[:2]
     if view.position is None and (view.window is None or time <= view.window):
-        return _sdpa(q, keys, values, None, scale, causal=True)
+        return sdpa(q, keys, values, None, scale, causal=True)
     size, outputs = view.block(batch, time), []
     for begin in range(0, time, size):
         end = min(begin + size, time)
         near = slice(view.first(begin), view.slots + end)
         mask = view.mask(begin, end, q.device)
-        outputs.append(_sdpa(q[:, begin:end], keys[:, near], values[:, near], mask, scale))
+        outputs.append(sdpa(q[:, begin:end], keys[:, near], values[:, near], mask, scale))
     return torch.cat(outputs, dim=1)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, *, causal: bool = False) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, *, causal: bool = False) -> Tensor:
     """scaled_dot_product_attention for our order of axes.  q [B T H K], k [B S G K], v [B S G V] -> [B T H V]."""
     q, k, v = (x.transpose(1, 2) for x in (q.to(k.dtype), k, v))
     grouped = q.shape[1] != k.shape[1]

@@ -167,6 +167,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _gradient(ctx: Any, gy: Tensor, gfinal: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, a, b, g, kept, u, starts = ctx.saved_tensors
+    assert kept.shape[1] or not q.shape[1], "no states were kept for the backward pass"
     gy = gy.to(v.dtype).contiguous()
     gq, gk, gv, ga, gb, gg, gstate = _backward(q, k, v, a, b, g, kept, u, starts, gy, gfinal.contiguous())
     half = q.dtype

@@ -153,6 +153,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
 
 def _gradient(ctx: Any, gy: Tensor, gfinal: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, g, bonus, kept, starts = ctx.saved_tensors
+    assert kept.shape[1] or not q.shape[1], "no states were kept for the backward pass"
     gy = gy.to(v.dtype).contiguous()
     gq, gk, gv, gg, gbonus, gstate = _backward(q, k, v, g, bonus, kept, starts, gy, gfinal.contiguous())
     half = q.dtype

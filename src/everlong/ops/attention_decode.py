@@ -1,0 +1,62 @@
+"""One token of attention in place:  ``attention_step`` of ``ops/attention`` for a caller that owns the cache alone.
+
+The new key and value are written into the cache, which is not copied: only a cache without a free slot is, into one
+with half as many slots again, so n tokens cost O(n) copying in all. No gradients. The kernel reads the slots that a row
+has filled, once, and sums in fp32; rows may stand at different positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import dispatch
+from .attention import Cache, Ring, sdpa
+from .native import attention as native
+
+
+def step_native(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, state: Cache) -> tuple[Tensor, Cache]:
+    """One call of the kernel, which writes and reads the cache."""
+    most = 0 if isinstance(state, Ring) else int(state.position.max()) + 1
+    keys, values = (with_room(x, most).contiguous() for x in (state.k, state.v))
+    y = native.decode(q, k, v, keys, values, state.position, q.shape[-1] ** -0.5 if scale is None else scale)
+    return y.to(v.dtype), type(state)(keys, values, state.position + 1)
+
+
+def step_torch(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, state: Cache) -> tuple[Tensor, Cache]:
+    """scaled_dot_product_attention, with a mask where rows stand at different positions."""
+    fewest, most = (int(bound) + 1 for bound in state.position.aminmax())
+    keys, values = (with_room(x, 0 if isinstance(state, Ring) else most) for x in (state.k, state.v))
+    at = torch.arange(len(q), device=q.device), state.position % keys.shape[1]
+    keys[at], values[at] = k.to(keys.dtype), v.to(values.dtype)
+    position, filled = state.position + 1, min(most, keys.shape[1])
+    seen = None
+    if fewest < filled:  # rows stand at different positions
+        seen = (torch.arange(filled, device=q.device) < position[:, None])[:, None, None]
+    y = sdpa(q[:, None], keys[:, :filled], values[:, :filled], seen, scale)
+    return y[:, 0].to(v.dtype), type(state)(keys, values, position)
+
+
+def with_room(x: Tensor, slots: int) -> Tensor:
+    """``x [B S ...]`` itself, or where S < ``slots`` a longer copy."""
+    return x if x.shape[1] >= slots else F.pad(x, [0, 0, 0, 0, 0, max(slots * 3 // 2, 16) - x.shape[1]])
+
+
+TABLE = (
+    dispatch.Impl("native", step_native, native.refuse),
+    dispatch.Impl("torch", step_torch),
+)
+
+
+def attention_step_(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, state: Cache, backend: str | None = None
+) -> tuple[Tensor, Cache]:
+    """``attention_step`` for a caller that owns ``state`` alone and gives it up: its buffers are written in place.
+
+    q [B H K], k [B G K], v [B G V] -> y [B H V] in the dtype of v, state. Call it under ``torch.no_grad()``.
+    """
+    inputs: dict[str, Any] = dict(q=q, k=k, v=v, scale=scale, state=state)
+    return dispatch.run(TABLE, inputs, backend)
