@@ -490,7 +490,6 @@ MODELS |= {"seconds": None, "quick": False}
         (ops_plan, {"backends": ["cuda"]}, "no backend 'cuda'; known: native, reference, torch"),
         (ops_plan, {"seconds": 0.0}, "seconds must be above 0, got 0"),
         (models_plan, {"models": ["mamba130"]}, "no preset 'mamba130'; did you mean 'mamba-130m'"),
-        (models_plan, {"weights": []}, "nothing to time; name at least one"),
         (models_plan, {"measures": ["prefil"]}, "no measure 'prefil'; did you mean 'prefill'"),
         (models_plan, {"weights": ["int3"]}, "no weight format 'int3'; did you mean 'int"),
         (models_plan, {"against": ["vllm"]}, "no peer 'vllm'; known: llama.cpp, transformers"),
@@ -508,7 +507,10 @@ def test_plans():
     assert ops_plan(**{**OPS, "quick": True}).dtypes == ("fp32",)
     plan = models_plan(**{**MODELS, "sizes": {**SIZES, "lengths": "4096, 512,512"}})
     assert plan.lengths == (512, 4096) and plan.measures == models.MEASURES and list(plan.models) == ["mamba-130m"]
-    assert models_plan(**{**MODELS, "quick": True}).weights == ("bf16",)
+    quick = models_plan(**{**MODELS, "models": [], "weights": [], "sizes": {**SIZES, "lengths": None}, "quick": True})
+    assert quick.weights == ("bf16",) and quick.lengths == (256,) and quick.reads == (8,) and len(quick.models) == 1
+    assert models_plan(**{**MODELS, "quick": True}).weights == ("fp32",)  # what is said is never overruled
+    assert ops_plan(**{**OPS, "quick": True, "dtypes": ["bf16"]}).dtypes == ("bf16",)
 
 
 def test_results_of_something_else_are_refused(tmp_path):

@@ -224,7 +224,7 @@ def bench_ops(
     cases: Annotated[
         str, typer.Option(help=f"Sizes, {_COMMAS}; tests: those of the tests.", show_default="four of real layers")
     ] = "",
-    dtypes: Annotated[str, typer.Option(help=f"fp32, bf16, {_COMMAS}.")] = "fp32,bf16",
+    dtypes: Annotated[str, typer.Option(help=f"fp32, bf16, {_COMMAS}.", show_default="both")] = "",
     backends: Annotated[str, typer.Option(help=f"Forms, {_COMMAS}.", show_default="all")] = "",
     seconds: Annotated[float | None, _SECONDS] = None,
     minutes: Annotated[float | None, _MINUTES] = None,
@@ -259,17 +259,22 @@ def bench_ops(
 
 @bench.command("models")
 def bench_models(
-    models: Annotated[str, typer.Option(help=f"Presets, {_COMMAS}.")] = "mamba-130m,mamba2-130m,rwkv7-0.1b",
+    models: Annotated[
+        str, typer.Option(help=f"Presets, {_COMMAS}.", show_default="mamba-130m,mamba2-130m,rwkv7-0.1b")
+    ] = "",
     measure: Annotated[
         str, typer.Option(help=f"prefill, decode, batch, training, memory, loss, {_COMMAS}.", show_default="all")
     ] = "",
-    weights: Annotated[str, typer.Option(help=f"fp32, bf16, int8, int4, {_COMMAS}.")] = "fp32,bf16,int8,int4",
-    lengths: Annotated[str, typer.Option(help=f"Tokens of the prompts, {_COMMAS}.")] = "512,2048",
-    contexts: Annotated[str, typer.Option(help="Tokens read before decoding.")] = "512",
-    batches: Annotated[str, typer.Option(help="Rows decoded together.")] = "1,4,16",
+    weights: Annotated[str, typer.Option(help=f"fp32, bf16, int8, int4, {_COMMAS}.", show_default="all")] = "",
+    lengths: Annotated[
+        str | None, typer.Option(help=f"Tokens of the prompts, {_COMMAS}.", show_default="512,2048")
+    ] = None,
+    contexts: Annotated[str | None, typer.Option(help="Tokens read before decoding.", show_default="512")] = None,
+    batches: Annotated[str | None, typer.Option(help="Rows decoded together.", show_default="1,4,16")] = None,
     texts: Annotated[
-        str, typer.Option(help="Tokens of the texts whose reading is watched for memory.")
-    ] = "10000,100000",
+        str | None,
+        typer.Option(help="Tokens of the texts whose reading is watched for memory.", show_default="10000,100000"),
+    ] = None,
     against: Annotated[str, typer.Option(help=f"transformers, llama.cpp, {_COMMAS}.", show_default="nobody")] = "",
     seconds: Annotated[float | None, _SECONDS] = None,
     minutes: Annotated[float | None, _MINUTES] = None,

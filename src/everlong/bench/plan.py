@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from ..models.presets import preset
-from ..ops.native.product import check_format
+from ..ops.native.product import FORMATS, check_format
 from .clock import Pace
 from .engines import check_models
-from .models import ModelsPlan, chosen_measures
+from .models import MEASURES, ModelsPlan, chosen_measures
 from .ops import OpsPlan, chosen_backends, chosen_cases, chosen_dtypes, chosen_ops
 from .peers import check_peers
 from .training import Shape
 
+FULL = {"lengths": "512,2048", "contexts": "512", "batches": "1,4,16", "texts": "10000,100000"}
 QUICK = {"lengths": "256", "contexts": "256", "batches": "1,4", "texts": "4000,16000"}
+MODELS = ("mamba-130m", "mamba2-130m", "rwkv7-0.1b")
+QUICK_MEASURES = ("prefill", "decode", "batch", "memory")
 
 
 def ops_plan(
@@ -21,7 +24,7 @@ def ops_plan(
     return OpsPlan(
         ops=chosen_ops(ops),
         cases=chosen_cases(cases or (["training"] if quick else [])),
-        dtypes=chosen_dtypes(["fp32"] if quick else dtypes),
+        dtypes=chosen_dtypes(dtypes or (["fp32"] if quick else [])),
         backends=chosen_backends(backends),
         pace=pace(seconds, 0.3 if quick else 1.0),
     )
@@ -32,21 +35,21 @@ def models_plan(
     models: list[str],
     measures: list[str],
     weights: list[str],
-    sizes: dict[str, str],
+    sizes: dict[str, str | None],
     against: list[str],
     seconds: float | None,
     quick: bool,
 ) -> ModelsPlan:
-    """The plan of ``everlong bench models``. ``sizes``: lengths, contexts, batches and texts as typed.
+    """The plan of ``everlong bench models``; what is empty or None has its default, a smaller one where ``quick``.
 
+    ``sizes``: lengths, contexts, batches and texts as typed.
     ``ValueError`` with a suggestion for unknown names, for peers that are not installed, and for numbers below 1.
     """
-    if quick:
-        models, weights, sizes = models[:1], ["bf16"], QUICK
-        measures = measures or ["prefill", "decode", "batch", "memory"]
-    if not models or not weights:
-        raise ValueError("nothing to time; name at least one of --models and of --weights, or leave them out")
-    counts = {name: numbers(name, text) for name, text in sizes.items()}
+    models = models or list(MODELS[:1] if quick else MODELS)
+    weights = weights or (["bf16"] if quick else list(FORMATS))
+    measures = measures or list(QUICK_MEASURES if quick else MEASURES)
+    usual = QUICK if quick else FULL
+    counts = {name: numbers(name, usual[name] if text is None else text) for name, text in sizes.items()}
     return ModelsPlan(
         models={name: preset(name) for name in check_models(models)},
         measures=chosen_measures(measures),
