@@ -57,10 +57,10 @@ class Item:
 
 
 def modules() -> dict[str, ModuleType]:
-    """The ops: every file in ``ops/`` that has a table of implementations."""
+    """The ops: every file in ``ops/`` with a table that works along time (gates and norms do not)."""
     folder = Path(ops.__file__).parent
     found = {path.stem: importlib.import_module(f"{ops.__name__}.{path.stem}") for path in sorted(folder.glob("*.py"))}
-    return {name: module for name, module in found.items() if hasattr(module, "TABLE") and hasattr(module, "inputs")}
+    return {name: module for name, module in found.items() if hasattr(module, "TABLE") and hasattr(module, "SEQUENCE")}
 
 
 def chosen_ops(names: list[str]) -> tuple[str, ...]:
