@@ -90,5 +90,6 @@ def test_every_custom_op_is_checked():
     seen = {op.name() for name, variant in KERNELS for op in recorded(name, variant, plain=False)}
     seen |= {op.name() for name, variant in test_pointwise.KERNELS for op in recorded_pointwise(name, variant)}
     seen.add("everlong::attention_decode_native")  # in test_attention_decode.py
+    seen |= {"everlong::rg_lru_gates_native", "everlong::rg_lru_gates_native_backward"}  # in test_rg_lru_gates.py
     seen |= {"everlong::product", "everlong::unpack"}  # of packed weights, no rows of a table: in test_product.py
     assert not registered() - seen, "no case of an op with a native row calls these"

@@ -20,19 +20,13 @@ from ..ops.common import segsum
 from ..ops.diagonal_scan import diagonal_scan, diagonal_scan_step
 from ..ops.gate import gate
 from ..ops.linear import Linear
+from ..ops.rg_lru_gates import rg_lru_gates
 from ..ops.short_conv import short_conv, short_conv_step
+from ..shapes import state_dtype
 from ..state import state
 from . import base
 
 DECAY_SCALE = 8.0  # the paper's c
-STEEPEST = 1000.0  # largest slope of the square root that gradients use
-
-
-def input_scale(g: Tensor) -> Tensor:
-    """sqrt(1 - a^2) from g = log a; gradients see a slope of at most 1000, for the root's own is infinite at a = 1."""
-    square = -torch.expm1(2 * g)
-    root = square.detach().sqrt()
-    return root + (square - square.detach()) / (2 * root).clamp(min=1 / STEEPEST)
 
 
 class RGLRU(base.Mixer):
@@ -95,18 +89,14 @@ class RGLRU(base.Mixer):
             begun=torch.zeros(batch, dtype=torch.bool, device=self.recurrent_param.device),
         )
 
-    def _gate(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        heads = x.unflatten(-1, weight.shape[:2])
-        gate = (torch.einsum("...hi,hio->...ho", heads, weight) + bias).flatten(-2)
-        return torch.sigmoid(gate if gate.dtype == torch.float64 else gate.float())
-
-    def _recurrence(self, x: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-        """Log decays g, and the factor of the input, [... C]; ``first`` marks first tokens, [...]."""
-        r = self._gate(x, self.recurrent_gate_weight, self.recurrent_gate_bias)
-        i = self._gate(x, self.input_gate_weight, self.input_gate_bias)
-        g = r * (-DECAY_SCALE * F.softplus(self.recurrent_param.to(r.dtype)))
-        g = g.masked_fill(first[..., None], float("-inf"))  # so that a = 0 and the input keeps its size
-        return g, input_scale(g) * i
+    def _drive(self, x: Tensor, first: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Log decays g and scaled ``values``, [... C], with the gates that x [... C] makes; ``first`` marks tokens."""
+        heads = x.unflatten(-1, self.input_gate_bias.shape)
+        weights = self.recurrent_gate_weight, self.input_gate_weight
+        r, i = (torch.einsum("...hi,hio->...ho", heads, weight) for weight in weights)
+        decay = -DECAY_SCALE * F.softplus(self.recurrent_param.to(state_dtype(x)))
+        r_bias, i_bias = self.recurrent_gate_bias, self.input_gate_bias
+        return rg_lru_gates(values, r, i, r_bias=r_bias, i_bias=i_bias, decay=decay, first=first)
 
     def _finish(self, h: Tensor, u: Tensor) -> Tensor:
         return self.linear_out(gate(h, self.linear_y(u), activation="gelu_tanh"))
@@ -117,23 +107,23 @@ class RGLRU(base.Mixer):
         values, conv = short_conv(
             self.linear_x(x), weight=self.conv_weight, bias=self.conv_bias, state=old.conv, starts=starts
         )
-        g, scale = self._recurrence(values, _first(x, old.begun, starts))
-        h, memory = diagonal_scan(scale * values, g, state=old.memory)
+        g, driven = self._drive(values, _first(x, old.begun, starts), values)
+        h, memory = diagonal_scan(driven, g, state=old.memory)
         return self._finish(h, x), self.State(conv=conv, memory=memory, begun=torch.ones_like(old.begun))
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """x [B D] -> y [B D], state."""
         old = self.begin(x, state)
         values, conv = short_conv_step(self.linear_x(x), weight=self.conv_weight, bias=self.conv_bias, state=old.conv)
-        g, scale = self._recurrence(values, ~old.begun)
-        h, memory = diagonal_scan_step(scale * values, g, state=old.memory)
+        g, driven = self._drive(values, ~old.begun, values)
+        h, memory = diagonal_scan_step(driven, g, state=old.memory)
         return self._finish(h, x), self.State(conv=conv, memory=memory, begun=torch.ones_like(old.begun))
 
     def mixing(self, x: Tensor) -> base.Mixing:
         """See ``base.Mixer.mixing``; one matrix per channel, the values are what the convolution gives."""
         empty = self.init_state(len(x))
         values, _ = short_conv(self.linear_x(x), weight=self.conv_weight, bias=self.conv_bias, state=empty.conv)
-        g, scale = self._recurrence(values, _first(x, empty.begun, None))
+        g, scale = self._drive(values, _first(x, empty.begun, None), torch.ones_like(values))
         matrix = segsum(g.movedim(1, -1)).exp() * scale.movedim(1, -1)[:, :, None]
         h, _ = diagonal_scan(scale * values, g, state=empty.memory)
         return base.Mixing(matrix, values[..., None], h[..., None])

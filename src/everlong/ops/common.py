@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..shapes import state_dtype
+from .dispatch import few
+from .norm import norm
 
 
 def loop(
@@ -66,8 +68,10 @@ def previous(x: Tensor, last: Tensor, starts: Tensor | None) -> Tensor:
 
 def unit(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / |x| over the last axis, eps under the root; in fp32, or fp64 for fp64."""
-    x = x.to(state_dtype(x))
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
+    x, width = x.to(state_dtype(x)), x.shape[-1]
+    if few(x, None):
+        return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
+    return norm(x, weight=x.new_full((width,), width**-0.5), eps=eps / width)
 
 
 def segsum(g: Tensor) -> Tensor:

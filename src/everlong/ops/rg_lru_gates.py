@@ -1,0 +1,85 @@
+"""What drives the RG-LRU:  g = decay R,  b = sqrt(1 - exp(2 g)) I x,  R = sigmoid(r + r_bias), I = sigmoid(i + i_bias).
+
+``h_t = exp(g_t) h_{t-1} + b_t`` is ``ops/diagonal_scan``. At the first token of a text g is -inf and b is ``I x``, not
+scaled. Gradients see a slope of the root of at most 1000: its own is infinite where nothing decays.
+Source: arXiv 2402.19427 sec. 2.4 (decay = -c softplus(Lambda)); the first tokens as in google-deepmind/recurrentgemma.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..shapes import state_dtype
+from . import dispatch
+from .cases import Case
+from .native.rg_lru_gates import refuse, rg_lru_gates_native
+
+STEEPEST = 1000.0  # largest slope of the square root that gradients use
+
+
+def rg_lru_gates_torch(
+    x: Tensor, r: Tensor, i: Tensor, *, r_bias: Tensor, i_bias: Tensor, decay: Tensor, first: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The equations, in fp32 or fp64."""
+    wide = state_dtype(x)
+    r, i = (torch.sigmoid((gate + bias).flatten(-2).to(wide)) for gate, bias in ((r, r_bias), (i, i_bias)))
+    g = r * decay.to(wide)
+    g = g.masked_fill(first[..., None], float("-inf"))  # so that a = 0 and the input keeps its size
+    return g, input_scale(g) * i * x
+
+
+def input_scale(g: Tensor) -> Tensor:
+    """sqrt(1 - a^2) from g = log a; gradients see a slope of at most 1000."""
+    square = -torch.expm1(2 * g)
+    root = square.detach().sqrt()
+    return root + (square - square.detach()) / (2 * root).clamp(min=1 / STEEPEST)
+
+
+TABLE = (
+    dispatch.Impl("native", rg_lru_gates_native, refuse),
+    dispatch.Impl("torch", rg_lru_gates_torch),
+)
+
+
+def rg_lru_gates(
+    x: Tensor,
+    r: Tensor,
+    i: Tensor,
+    *,
+    r_bias: Tensor,
+    i_bias: Tensor,
+    decay: Tensor,
+    first: Tensor,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log decays g and inputs b of the recurrence (see the module for the equations).
+
+    x [... C], r and i [... H n] before bias and sigmoid, r_bias and i_bias [H n], decay [C] ``<= 0`` with C = H n,
+    first bool [...]. Returns g and b [... C] in fp32 (fp64 for fp64). ``ValueError`` for sizes that do not fit.
+    """
+    heads, lead = r_bias.shape, x.shape[:-1]
+    found = [tuple(part.shape) for part in (r, i, i_bias, decay, first)]
+    if x.shape[-1] != heads.numel() or found != [(*lead, *heads), (*lead, *heads), (*heads,), x.shape[-1:], (*lead,)]:
+        raise ValueError(
+            f"x has shape {list(x.shape)} and r_bias {list(heads)}, but r, i, i_bias, decay and first have "
+            f"{', '.join(str(list(shape)) for shape in found)}; see the documentation of rg_lru_gates"
+        )
+    fixed = dict(r_bias=r_bias, i_bias=i_bias, decay=decay, first=first)
+    if dispatch.few(x, backend):
+        return rg_lru_gates_torch(x, r, i, **fixed)
+    return dispatch.run(TABLE, dict(x=x, r=r, i=i, **fixed), backend)
+
+
+def inputs(case: Case) -> dict[str, Tensor]:
+    """Random inputs for tests and benchmarks; a tenth of the tokens are first ones."""
+    lead, heads = (case.batch, case.time), (case.heads, case.keys)
+    return dict(
+        x=case.randn(*lead, case.heads * case.keys),
+        r=2 * case.randn(*lead, *heads),
+        i=2 * case.randn(*lead, *heads),
+        r_bias=case.randn(*heads),
+        i_bias=case.randn(*heads),
+        decay=case.log_decay(case.heads * case.keys),
+        first=torch.rand(*lead) < 0.1,
+    )
