@@ -39,6 +39,7 @@ def input_scale(g: Tensor) -> Tensor:
 TABLE = (
     dispatch.Impl("native", rg_lru_gates_native, refuse),
     dispatch.Impl("torch", rg_lru_gates_torch),
+    dispatch.Impl("reference", rg_lru_gates_torch),  # the equations as they stand: nothing simpler to hold it to
 )
 
 
