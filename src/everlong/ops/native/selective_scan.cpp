@@ -13,7 +13,8 @@ namespace {
 
 constexpr int CHUNK = 32;  // tokens between two kept states
 
-constexpr int AHEAD = 16;  // tokens between a prefetch and its use: neighbours in time lie a whole row apart
+// Tokens between a prefetch and its use. Few: neighbours in time lie a whole row apart, often in one set of the first cache.
+constexpr int AHEAD = 4;
 
 inline void fetch(const void *p) { __builtin_prefetch(p); }  // harmless beyond the end
 
@@ -87,15 +88,21 @@ void forward(const Shape s, const T *x, const T *dt, const Steps steps, const fl
       forward_block<T, FIXED>(s, b, i * W, x, dt, steps, A, B, C, D, state, starts, y, final_state, kept);
 }
 
+inline float quarter(vf v, int j) {  // the sum of every fourth lane from j on
+  float total = 0;
+  for (int i = j; i < W; i += 4) total += v[i];
+  return total;
+}
+
 constexpr int GROUP = 4;  // states done together in the backward pass: their chunk stays in the first cache
 
 // Working memory of one task of the backward pass.
 struct Work {
-  std::vector<vf> A, lambda, gA, gD, gB, gC;
-  vf step[CHUNK], in[CHUNK], given[CHUNK], g[CHUNK], g_push[CHUNK], g_step[CHUNK];
+  std::vector<vf> A, lambda, gA, gD, gB, gC;  // gB and gC: [groups of states, tokens], four states to a vector
+  vf step[CHUNK], in[CHUNK], push[CHUNK], given[CHUNK], g[CHUNK], g_push[CHUNK], g_step[CHUNK];
   vf h[(CHUNK + 1) * GROUP], e[CHUNK * GROUP];
   Work(int64_t blocks, int64_t K)
-      : A(blocks * K), lambda(blocks * K), gA(blocks * K), gD(blocks), gB(CHUNK * K), gC(CHUNK * K) {}
+      : A(blocks * K), lambda(blocks * K), gA(blocks * K), gD(blocks), gB((K + 3) / 4 * CHUNK), gC((K + 3) / 4 * CHUNK) {}
 };
 
 template <class T>
@@ -113,31 +120,36 @@ struct Backward {
     vf h[G], scaled[G];
     for (int j = 0; j < G; j++) w.h[j] = h[j] = kept_h[j], scaled[j] = a[j] * LOG2E;
     for (int64_t i = 0; i < length; i++) {
-      const vf push = w.step[i] * w.in[i];
-      const float keep = starts && starts[at + i] ? 0.0f : 1.0f, *b = B + (at + i) * s.keys + k;
+      const vf step = w.step[i], push = w.push[i];
+      const float *b = B + (at + i) * s.keys + k;
+      const bool start = starts && starts[at + i];
 #pragma GCC unroll 4
       for (int j = 0; j < G; j++) {
-        w.e[i * G + j] = keep * exp2_decay(w.step[i] * scaled[j]);
-        w.h[(i + 1) * G + j] = h[j] = w.e[i * G + j] * h[j] + push * b[j];
+        const vf e = start ? vf{} : exp2_decay(step * scaled[j]);
+        w.e[i * G + j] = e;
+        w.h[(i + 1) * G + j] = h[j] = e * h[j] + push * b[j];
       }
     }
     vf l[G], gA_here[G];
     for (int j = 0; j < G; j++) l[j] = lambda[j], gA_here[j] = gA_sum[j];
     for (int64_t i = length - 1; i >= 0; i--) {
-      const vf step = w.step[i], push = step * w.in[i], g = w.g[i];
+      const vf step = w.step[i], push = w.push[i], g = w.g[i];
       const float *b = B + (at + i) * s.keys + k, *c = C + (at + i) * s.keys + k;
-      vf *gB_here = &w.gB[i * s.keys + k], *gC_here = &w.gC[i * s.keys + k], g_push = w.g_push[i], g_step = w.g_step[i];
+      vf g_push = w.g_push[i], g_step = w.g_step[i], to_b[4] = {}, to_c[4] = {};
 #pragma GCC unroll 4
       for (int j = 0; j < G; j++) {
-        gC_here[j] += g * w.h[(i + 1) * G + j];
+        to_c[j] = g * h[j];
         l[j] += g * c[j];
-        gB_here[j] += l[j] * push;
+        to_b[j] = l[j] * push;
         g_push += l[j] * b[j];
         l[j] *= w.e[i * G + j];
-        const vf p = l[j] * w.h[i * G + j];
+        h[j] = w.h[i * G + j];
+        const vf p = l[j] * h[j];
         g_step += p * a[j];
         gA_here[j] += p * step;
       }
+      w.gB[k / 4 * CHUNK + i] += quarters(to_b[0], to_b[1], to_b[2], to_b[3]);
+      w.gC[k / 4 * CHUNK + i] += quarters(to_c[0], to_c[1], to_c[2], to_c[3]);
       w.g_push[i] = g_push, w.g_step[i] = g_step;
     }
     for (int j = 0; j < G; j++) lambda[j] = l[j], gA_sum[j] = gA_here[j];
@@ -150,16 +162,19 @@ struct Backward {
     const int lanes = int(N - c < W ? N - c : W);
     vf before[256];
     std::memcpy(before, kept_at(kept, s, b, begin, c), K * sizeof(vf));
+    for (int64_t k = 0; k < K; k++) fetch(kept_at(kept, s, b, begin, c + W) + k * W);
     for (int64_t i = 0; i < length; i++) {
       const int64_t from = (at + i) * N + c;
       fetch(x + from + W), fetch(dt + from + W), fetch(gy + from + W);  // of the next block
       w.given[i] = load(dt + from, lanes), w.step[i] = steps.of(w.given[i], c, lanes);
       w.in[i] = load(x + from, lanes), w.g[i] = load(gy + from, lanes);
-      w.g_push[i] = w.g_step[i] = vf{};
+      w.push[i] = w.step[i] * w.in[i], w.g_push[i] = w.g_step[i] = vf{};
     }
     int64_t k = 0;
     for (; k + GROUP <= K; k += GROUP) states<GROUP>(at, length, k, before + k, a + k, lambda + k, gA_sum + k, w);
-    for (; k < K; k++) states<1>(at, length, k, before + k, a + k, lambda + k, gA_sum + k, w);
+    if (K - k == 3) states<3>(at, length, k, before + k, a + k, lambda + k, gA_sum + k, w);
+    if (K - k == 2) states<2>(at, length, k, before + k, a + k, lambda + k, gA_sum + k, w);
+    if (K - k == 1) states<1>(at, length, k, before + k, a + k, lambda + k, gA_sum + k, w);
     const vf skip = D ? load(D + c, lanes) : vf{};
     for (int64_t i = 0; i < length; i++) {
       const int64_t to = (at + i) * N + c;
@@ -187,10 +202,11 @@ struct Backward {
         chunk(b, j * W, begin, end, &work.A[own * K], &work.lambda[own * K], &work.gA[own * K], work.gD[own], work);
       }
       const int64_t base = ((group * s.batch + b) * s.time + begin) * K;
-      for (int64_t i = 0; i < (end - begin) * K; i++) {
-        gB[base + i] = sum(work.gB[i]);
-        gC[base + i] = sum(work.gC[i]);
-      }
+      for (int64_t i = 0; i < end - begin; i++)
+        for (int64_t k = 0; k < K; k++) {
+          gB[base + i * K + k] = quarter(work.gB[k / 4 * CHUNK + i], k % 4);
+          gC[base + i * K + k] = quarter(work.gC[k / 4 * CHUNK + i], k % 4);
+        }
     }
     for (int64_t j = first; j < last; j++) {
       const int lanes = int(N - j * W < W ? N - j * W : W);

@@ -9,6 +9,7 @@
 #include <immintrin.h>
 #define EV_WIDTH 16
 #elif defined(__AVX2__)
+#include <immintrin.h>
 #define EV_WIDTH 8
 #else
 #define EV_WIDTH 4
@@ -136,6 +137,25 @@ struct Lanes<1> {
 };
 inline float sum(vf v) { return Lanes<W>::sum(v + vf{}); }  // halves of a new value: v itself stays in a register
 
+// Four vectors to one: lane 4 i + j is the sum of lanes 4 i to 4 i + 3 of vector j.
+inline vf quarters(vf a, vf b, vf c, vf d) {
+#if defined(__AVX512F__)
+  const vf ab = (vf)_mm512_maskz_unpacklo_ps(-1, a, b) + (vf)_mm512_maskz_unpackhi_ps(-1, a, b);
+  const vf cd = (vf)_mm512_maskz_unpacklo_ps(-1, c, d) + (vf)_mm512_maskz_unpackhi_ps(-1, c, d);
+  return (vf)_mm512_maskz_unpacklo_pd(-1, (__m512d)ab, (__m512d)cd) + (vf)_mm512_maskz_unpackhi_pd(-1, (__m512d)ab, (__m512d)cd);
+#elif defined(__AVX2__)
+  const vf ab = (vf)_mm256_unpacklo_ps(a, b) + (vf)_mm256_unpackhi_ps(a, b);
+  const vf cd = (vf)_mm256_unpacklo_ps(c, d) + (vf)_mm256_unpackhi_ps(c, d);
+  return (vf)_mm256_unpacklo_pd((__m256d)ab, (__m256d)cd) + (vf)_mm256_unpackhi_pd((__m256d)ab, (__m256d)cd);
+#else
+  const vf in[4] = {a, b, c, d};
+  vf out;
+  for (int i = 0; i < W; i += 4)
+    for (int j = 0; j < 4; j++) out[i + j] = (in[j][i] + in[j][i + 2]) + (in[j][i + 1] + in[j][i + 3]);
+  return out;
+#endif
+}
+
 // exp(r) for |r| <= log(2) / 2, relative error below 1e-7; r^2 times a polynomial of degree 4, fitted, plus r + 1.
 inline vf exp_near_0(vf r) {
   vf p = splat(1.38144e-3f);
@@ -197,28 +217,36 @@ inline vf softplus(vf x) {
   return select(x > 0.0f, x, vf{}) + 2.0f * (s + s * s2 * p);
 }
 
-// 2^x for x <= 0, relative error below 2e-7 down to 2^-126, below that 0; NaN stays NaN. For decays, scaled by LOG2E.
+// 2^x for x <= 0, relative error below 4e-7 down to 2^-126, below that 0; NaN stays NaN. For decays, scaled by LOG2E.
 constexpr float LOG2E = 1.44269504f;
-inline vf exp2_decay(vf x) {
 #if defined(__AVX512F__)
-  const __m512 y = _mm512_maskz_max_ps(-1, splat(-160.0f), x), n = _mm512_maskz_roundscale_ps(-1, y, 8);
-  const vf r = (vf)y - (vf)n;
+// 2^(j / 32) without the bits that hold j when it is shifted to the exponent, so that one sum puts both together.
+alignas(64) constexpr uint32_t POWERS[32] = {
+    0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0,
+    0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6,
+    0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be, 0x3f76248c, 0x3f76a81e,
+    0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
+inline vf exp2_decay(vf x) {
+  constexpr float ROUND = 393216.0f;  // 1.5 * 2^18: adding it leaves a whole number of 32nds in the last bits
+  const vf t = x + ROUND, r = x - (t - ROUND);
+  const vu power = (vu)_mm512_permutex2var_epi32(_mm512_load_si512(POWERS), (__m512i)t, _mm512_load_si512(POWERS + 16));
+  const vf p = (r * 0.24022651f + 0.69314718f) * r + 1.0f;
+  const __mmask16 normal = _mm512_cmp_ps_mask(x, splat(-126.0f), _CMP_NLT_UQ);
+  return _mm512_maskz_mul_ps(normal, (vf)(power + ((vu)t << 18)), p);
+}
 #else
+inline vf exp2_decay(vf x) {
   const vi tiny = x < -126.0f;
   const vf y = select(tiny, vf{}, x), n = (y + 12582912.0f) - 12582912.0f, r = y - n;
-#endif
   vf p = splat(1.32647e-3f);
   p = p * r + 9.67151e-3f;
   p = p * r + 5.550734e-2f;
   p = p * r + 2.4022242e-1f;
   p = p * r + 6.93147e-1f;
   p = p * r + 1.0f;
-#if defined(__AVX512F__)
-  return _mm512_maskz_scalef_ps(-1, p, n);
-#else
   const vi scale = (__builtin_convertvector(n, vi) + 127) << 23;
   return select(tiny, vf{}, p * (vf)scale);
-#endif
 }
+#endif
 
 }  // namespace ev
