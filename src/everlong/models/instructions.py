@@ -273,7 +273,8 @@ def _short_conv_step(
         raise Unsupported(f"a convolution followed by {activation}")
     source, taps = to.ref(x), to.constant(weight.t())
     shift, window = None if bias is None else to.constant(bias), to.own(state, after)
-    rest = {"numbers": [activation is not None], "shared": x.numel() >= BIG // 4}
+    shared = x.numel() >= BIG // 16  # its memory is cold: one thread alone would wait for all of it
+    rest = {"numbers": [activation is not None], "shared": shared}
     to.add("conv", (*x.shape, weight.shape[1]), to.new(y), source, taps, shift, window, **rest)
 
 

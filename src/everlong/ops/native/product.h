@@ -556,6 +556,16 @@ inline void product_rows(const Product &p, int64_t batch, const void *scratch, i
                    : walk<Four<2>, Four<1>>(p, batch, x, bytes, begin, end, 2 * LANES, LANES, y, y_stride);
 }
 
+// The memory of the weights of outputs begin..end (multiples of 16, or ``out``), without scales.
+struct Bytes {
+  const char *from, *to;
+};
+inline Bytes product_bytes(const Product &p, int64_t begin, int64_t end) {
+  const int64_t wide = product::padded(p.in, product::GROUP);
+  const int64_t row = p.kind == FP32 ? p.in * 4 : p.kind == BF16 ? p.in * 2 : p.kind == INT8 ? wide : wide / 2;
+  return {(const char *)p.weight + begin * row, (const char *)p.weight + end * row};
+}
+
 // Rows begin..end of the matrix, dequantised: [end - begin, in] in fp32 or bf16.
 template <class T>
 inline void product_unpack(const Product &p, int64_t begin, int64_t end, T *rows) {

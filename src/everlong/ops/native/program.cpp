@@ -46,10 +46,11 @@ struct Share {
   int64_t end(int64_t n) const { return n * (id + 1) / count; }
 };
 
-// Sense-reversing barrier; gives the core away where the others are long in coming.
+// Sense-reversing barrier; gives the core away where the others are long in coming. Who waits does `meanwhile`.
 struct Barrier {
   std::atomic<int64_t> waiting{0}, round{0};
-  void meet(int64_t threads) {
+  template <class F>
+  void meet(int64_t threads, F meanwhile) {
     if (threads == 1) return;
     const int64_t mine = round.load(std::memory_order_acquire);
     if (waiting.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
@@ -58,6 +59,7 @@ struct Barrier {
       return;
     }
     for (int spins = 0; round.load(std::memory_order_acquire) == mine; spins++) {
+      if (meanwhile()) continue;
       if (spins > 4000) sched_yield();
 #if defined(__x86_64__)
       __builtin_ia32_pause();
@@ -227,7 +229,32 @@ void matmul(const Instruction &p, Share share) {
   }
 }
 
+// The weights that a thread will read next, fetched while it would else wait: memory is what decoding lacks.
+struct Fetch {
+  static constexpr int64_t MOST = 256 << 10, PIECE = 4 * 64;  // bytes: of one matrix, of one call
+  const char *from = nullptr, *to = nullptr;
+  void begin(Bytes bytes) {
+    from = bytes.from;
+    to = bytes.to - bytes.from > MOST ? bytes.from + MOST : bytes.to;
+  }
+  bool piece() {
+    if (from >= to) return false;
+    for (int64_t at = 0; at < PIECE; at += 64) __builtin_prefetch(from + at, 0, 2);
+    from += PIECE;
+    return true;
+  }
+};
+
 Product matrix(const Instruction &i) { return {i.number[0], i.number[1], i.number[2], i.raw[0], i.raw[1]}; }
+
+// The outputs that one thread computes, in blocks of 32.
+struct Outputs {
+  int64_t begin, end;
+};
+Outputs outputs(const Instruction &i, Share share) {
+  const int64_t blocks = (i.number[1] + 31) / 32, end = share.end(blocks) * 32;
+  return {share.begin(blocks) * 32, end < i.number[1] ? end : i.number[1]};
+}
 
 // Rows `tokens` of the embedding.
 void embed(const Instruction &i, const int64_t *tokens) {
@@ -281,9 +308,8 @@ void perform(const Instruction &i, Share share, const int64_t *tokens) {
     case EMBED: return embed(i, tokens);
     case PREPARE: return product_prepare(matrix(i), i.size[0], i.in[0].at, i.in[0].stride[0], (void *)i.out.at);
     case PRODUCT: {
-      const int64_t blocks = (i.number[1] + 31) / 32, end = share.end(blocks) * 32;
-      return product_rows(matrix(i), i.size[0], (const void *)i.in[0].at, share.begin(blocks) * 32,
-                          end < i.number[1] ? end : i.number[1], i.out.at, i.out.stride[0]);
+      const Outputs part = outputs(i, share);
+      return product_rows(matrix(i), i.size[0], (const void *)i.in[0].at, part.begin, part.end, i.out.at, i.out.stride[0]);
     }
     case CONV: return conv(i, share);
     case SCAN: return scan(i, share);
@@ -302,13 +328,23 @@ void ev_program_run(const Instruction *program, int64_t length, const int64_t *t
 #pragma omp parallel num_threads(threads)
   {
     const int64_t id = omp_get_thread_num(), threads = omp_get_num_threads();  // as many as were really given
+    Fetch next;
+    const auto fetch_after = [&](int64_t i) {  // the thread's part of the first product behind instruction i
+      do i++;
+      while (i < length && program[i].code != PRODUCT);
+      if (i == length || !(program[i].shared || id == 0)) return;
+      const Outputs part = outputs(program[i], program[i].shared ? Share{id, threads} : Share{0, 1});
+      next.begin(product_bytes(matrix(program[i]), part.begin, part.end));
+    };
+    fetch_after(-1);
     for (int64_t i = 0; i < length; i++) {
       const bool shared = program[i].shared;
       if (shared)
         perform(program[i], {id, threads}, tokens);
       else if (id == 0)
         perform(program[i], {0, 1}, tokens);
-      if (i + 1 < length && (shared || program[i + 1].shared)) barrier.meet(threads);
+      if (program[i].code == PRODUCT) fetch_after(i);
+      if (i + 1 < length && (shared || program[i + 1].shared)) barrier.meet(threads, [&] { return next.piece(); });
     }
   }
 }
