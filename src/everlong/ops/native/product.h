@@ -122,7 +122,7 @@ inline void dots(const Product &p, const char *x, int64_t row_bytes, int64_t o, 
     EV_UNROLL
     for (int j = 0; j < OUT; j++) {
       weight[j] = K::weight(w + j * p.in + k);
-      if (ROWS > 1) __builtin_prefetch(w + (OUT + j) * p.in + k);  // of the next tile; one row is faster without
+      __builtin_prefetch(w + OUT * (p.in + k) + j * K::STEP);  // the next tile, as it lies in memory
     }
     EV_UNROLL
     for (int r = 0; r < ROWS; r++) {
