@@ -171,12 +171,18 @@ class TestOps:
         item = next(item for item in ops.items(plan) if item.case.variant == "invariant")
         assert {row["status"] for row in ops.time_item(item, plan)} == {"timed"}
 
+    def test_gates_and_norms_take_all_channels(self):
+        subject = ops.Subject(ops.Item("norm", TINY.but(heads=4, keys=8, values=16, variant="rms")))
+        assert subject.inputs["x"].shape[2:] == (1, 64) and subject.sequence == ("x",)
+        assert subject.per_token(subject.truth) == subject.truth
+
     def test_large_graphs_of_loops_are_left_out(self):
         item = ops.Item(
             "linear_attention", Case("wide", batch=1, time=4096, heads=2, keys=256, values=256, variant="none")
         )
         subject = ops.Subject.__new__(ops.Subject)
-        subject.item, subject.complex, subject.truth = item, False, [torch.zeros(1), torch.zeros(2, 256, 256)]
+        subject.item, subject.complex, subject.recurrent = item, False, True
+        subject.truth = [torch.zeros(1), torch.zeros(2, 256, 256)]
         assert subject.graph_bytes(4096, 4) == 6 * 4 * 2 * 256 * 256 * 4096 > ops.GRAPH
 
 

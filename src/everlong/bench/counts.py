@@ -2,7 +2,7 @@
 
 A form may do more (a chunk form trades arithmetic for matrix products) or less (a convolution by FFT), so GFLOP/s are
 useful work per second: comparable between the forms of an op, and an honest lower bound beside a machine's limit.
-A multiplication, an addition and an exponential count as one operation each; a complex product as six.
+A multiplication, an addition, a root and an exponential count as one operation each; a complex product as six.
 """
 
 from __future__ import annotations
@@ -69,15 +69,35 @@ def _max_plus_scan(i: dict[str, Any]) -> float:
     return 2 * i["x"].numel()
 
 
+def _norm(i: dict[str, Any]) -> float:
+    return i["x"].numel() * (3 + (i["style"] == "layer") + (i.get("weight") is not None) + (i.get("bias") is not None))
+
+
+def _gate(i: dict[str, Any]) -> float:
+    return 5 * i["x"].numel()
+
+
+def _gated_norm(i: dict[str, Any]) -> float:
+    return i["x"].numel() * (8 + (i["weight"] is not None))
+
+
+def _rg_lru_gates(i: dict[str, Any]) -> float:
+    return 15 * i["x"].numel()
+
+
 OPERATIONS: dict[str, Callable[[dict[str, Any]], float]] = {
     "attention": _attention,
     "delta_rule": _delta_rule,
     "diagonal_scan": _diagonal_scan,
     "diagonal_ssm": _diagonal_ssm,
+    "gate": _gate,
+    "gated_norm": _gated_norm,
     "linear_attention": _linear_attention,
     "long_conv": _long_conv,
     "lstm_scan": _lstm_scan,
     "max_plus_scan": _max_plus_scan,
+    "norm": _norm,
+    "rg_lru_gates": _rg_lru_gates,
     "selective_scan": _selective_scan,
     "short_conv": _short_conv,
     "slstm_scan": _slstm_scan,

@@ -57,10 +57,10 @@ class Item:
 
 
 def modules() -> dict[str, ModuleType]:
-    """The ops: every file in ``ops/`` with a table that works along time (gates and norms do not)."""
+    """The ops: every file in ``ops/`` with a table and inputs (one token of attention is timed by ``bench models``)."""
     folder = Path(ops.__file__).parent
     found = {path.stem: importlib.import_module(f"{ops.__name__}.{path.stem}") for path in sorted(folder.glob("*.py"))}
-    return {name: module for name, module in found.items() if hasattr(module, "TABLE") and hasattr(module, "SEQUENCE")}
+    return {name: module for name, module in found.items() if hasattr(module, "TABLE") and hasattr(module, "inputs")}
 
 
 def chosen_ops(names: list[str]) -> tuple[str, ...]:
@@ -126,9 +126,14 @@ class Subject:
     def __init__(self, item: Item) -> None:
         self.item, self.module = item, modules()[item.op]
         self.op: Callable[..., Any] = getattr(self.module, item.op)
+        self.recurrent = hasattr(self.module, "SEQUENCE")  # else a gate or a norm, of all channels and without a state
+        case = item.case.but(dtype=torch.float64)
+        if not self.recurrent:
+            case = case.but(heads=1, keys=case.heads * (case.values or case.keys))
         torch.manual_seed(0)
-        made = self.module.inputs(item.case.but(dtype=torch.float64))
-        self.inputs = {name: _rounded(x, name in self.module.SEQUENCE) for name, x in made.items()}
+        made = self.module.inputs(case)
+        self.sequence = self.module.SEQUENCE if self.recurrent else _alike(made, case)
+        self.inputs = {name: _rounded(x, name in self.sequence) for name, x in made.items()}
         self.complex = any(x.is_complex() for x in self.inputs.values() if isinstance(x, Tensor))
         with torch.no_grad():
             self.truth = outputs_of(self.op(**self.inputs, backend="reference"))
@@ -136,7 +141,7 @@ class Subject:
 
     def cast(self, dtype: torch.dtype, inputs: dict[str, Any] | None = None) -> dict[str, Any]:
         """The inputs in fp32, or with what varies in time in bf16."""
-        halves = self.module.SEQUENCE if dtype == torch.bfloat16 else ()
+        halves = self.sequence if dtype == torch.bfloat16 else ()
         return {name: _cast(x, name in halves) for name, x in (inputs or self.inputs).items()}
 
     def check(self, form: str, dtype: torch.dtype, *, backward: bool) -> Verdict:
@@ -160,6 +165,10 @@ class Subject:
 
         return compare(pairs())
 
+    def per_token(self, outputs: list[Tensor]) -> list[Tensor]:
+        """Those of ``outputs`` that have tokens: y of a recurrence, not its final state; all of a gate or a norm."""
+        return outputs[:1] if self.recurrent else outputs
+
     def _bound(self, form: str) -> Callable[..., Any]:
         return lambda **inputs: self.op(**inputs, backend=form)
 
@@ -173,7 +182,7 @@ class Subject:
 
     def part(self, count: int) -> dict[str, Any]:
         """The inputs of the first ``count`` tokens; a vector has no time axis."""
-        sequence = {n for n in self.module.SEQUENCE if self.inputs[n] is not None and self.inputs[n].dim() > 1}
+        sequence = {n for n in self.sequence if self.inputs[n] is not None and self.inputs[n].dim() > 1}
         return {name: x[:, :count] if name in sequence else x for name, x in self.inputs.items()}
 
     @property
@@ -189,6 +198,8 @@ class Subject:
             return 4.0 * itemsize * self.inputs["q"].shape[0] * self.inputs["q"].shape[2] * time**2
         if self.item.op == "long_conv":  # its state is the whole text, of which each token keeps a view
             return 8.0 * itemsize * self.inputs["x"].numel()
+        if not self.recurrent:
+            return 8.0 * itemsize * time * self.truth[0][:, 0].numel()
         held = sum(x.numel() for x in self.truth[1:]) * (2 if self.complex else 1)
         return 6.0 * itemsize * held * time
 
@@ -203,18 +214,23 @@ class Subject:
         return clock.stopwatch(run)
 
     def both(self, form: str, dtype: torch.dtype) -> clock.Contender:
-        """A contender: forward, and the gradients of all inputs for a given gradient of y."""
+        """A contender: forward, and the gradients of all inputs for given gradients of what is made for each token."""
         inputs = {name: x.requires_grad_() if is_real(x) else x for name, x in self.cast(dtype).items()}
         wanted = [x for x in inputs.values() if is_real(x)]
         upstream: list[Tensor] = []
 
         def run() -> object:
-            y, _ = self.op(**inputs, backend=form)
+            made = self.per_token(outputs_of(self.op(**inputs, backend=form)))
             if not upstream:
-                upstream.append(torch.randn_like(y))
-            return torch.autograd.grad(y, wanted, upstream, allow_unused=True)
+                upstream.extend(torch.randn_like(y) for y in made)
+            return torch.autograd.grad(made, wanted, upstream, allow_unused=True)
 
         return clock.stopwatch(run)
+
+
+def _alike(inputs: dict[str, Any], case: Case) -> tuple[str, ...]:
+    """The inputs with an axis of tokens."""
+    return tuple(n for n, x in inputs.items() if isinstance(x, Tensor) and x.shape[:2] == (case.batch, case.time))
 
 
 def _rounded(x: Any, varies: bool) -> Any:
@@ -255,7 +271,9 @@ def _time_pass(
     given = subject.cast(kind)
     work = counts.operations(subject.item.op, given, backward=backward)
     moved = counts.traffic(
-        given, [x.to(kind) if is_real(x) and not x.is_complex() else x for x in subject.truth[:1]], backward=backward
+        given,
+        [x if x.is_complex() else x.to(kind) for x in subject.per_token(subject.truth)],
+        backward=backward,
     )
     for row in rows:
         if row["backend"] in laps:
@@ -286,7 +304,7 @@ def _refusal(subject: Subject, form: Impl, dtype: torch.dtype, *, backward: bool
         return "there are no complex numbers in bf16"
     try:
         with torch.no_grad():
-            subject.op(**subject.cast(dtype, subject.part(2)), backend=form.name)
+            subject.op(**subject.cast(dtype, subject.part(2) if subject.recurrent else None), backend=form.name)
     except ValueError as error:
         return str(error).partition("cannot run here: ")[2].partition("; leave backend")[0] or str(error)
     held = subject.graph_bytes(subject.item.case.time, 4)
