@@ -1,6 +1,8 @@
 // One token of the recurrences, in place on a state that one owner holds: the steps of ops/*.py, fused.
 // Every function does rows or (row, head) pairs begin..end, so that any number of threads can share the work.
 #pragma once
+#include <type_traits>
+
 #include "vec.h"
 
 namespace ev {
@@ -85,33 +87,48 @@ inline void decays(int64_t gates, const Ref &g, int64_t b, int64_t head, int64_t
   }
 }
 
+// Columns of a head's state are done WIDE vectors at a time: a row of S is then one or a few runs of memory, read in order.
+constexpr int WIDE = 4;
+
+// f(first column, number of vectors as a type), in blocks of WIDE vectors and then one by one.
+template <class F>
+inline void every_columns(int64_t values, F f) {
+  int64_t c = 0;
+  for (; c + WIDE * W <= values; c += WIDE * W) f(c, std::integral_constant<int, WIDE>());
+  for (; c < values; c += W) f(c, std::integral_constant<int, 1>());
+}
+
 // Linear attention: S = diag(e) S + k v^T, y = S^T q, or with a bonus y = (S_old + diag(u) k v^T)^T q. One head.
 struct Attend {
   int64_t heads, groups, keys, values, gates;
   Ref q, k, v, g, bonus, y;
   float *state;
 };
-inline void attend_step(const Attend &p, int64_t b, int64_t head, float *decay) {
+template <int N>
+inline void attend_columns(const Attend &p, int64_t b, int64_t head, int64_t c, const float *decay) {
   const int64_t group = head / (p.heads / p.groups);
   const float *q = p.q.at + b * p.q.stride[0] + group * p.q.stride[1];
   const float *k = p.k.at + b * p.k.stride[0] + group * p.k.stride[1];
-  decays(p.gates, p.g, b, head, p.keys, decay);
-  for (int64_t c = 0; c < p.values; c += W) {
-    const int n = lanes(p.values - c);
-    const vf v = load(p.v.at + b * p.v.stride[0] + head * p.v.stride[1] + c * p.v.stride[2], p.v.stride[2], n);
-    vf y{};
-    float *S = p.state + (b * p.heads + head) * p.keys * p.values + c;
-    for (int64_t i = 0; i < p.keys; i++, S += p.values) {
-      const float key = k[i * p.k.stride[2]], query = q[i * p.q.stride[2]];
-      const vf old = load(S, n), now = decay[i] * old + key * v;
-      store(S, now, n);
-      if (p.bonus.at)
-        y += query * (old + (p.bonus.at[head * p.keys + i] * key) * v);
-      else
-        y += query * now;
+  const float *from = p.v.at + b * p.v.stride[0] + head * p.v.stride[1] + c * p.v.stride[2];
+  float *to = p.y.at + b * p.y.stride[0] + head * p.y.stride[1] + c * p.y.stride[2];
+  float *S = p.state + (b * p.heads + head) * p.keys * p.values + c;
+  const int n = N == 1 ? lanes(p.values - c) : W;
+  vf v[N], y[N] = {};
+  for (int j = 0; j < N; j++) v[j] = load(from + j * W * p.v.stride[2], p.v.stride[2], n);
+  for (int64_t i = 0; i < p.keys; i++, S += p.values) {
+    const float key = k[i * p.k.stride[2]], query = q[i * p.q.stride[2]];
+    const float more = p.bonus.at ? p.bonus.at[head * p.keys + i] * key : 0.0f;
+    for (int j = 0; j < N; j++) {
+      const vf old = load(S + j * W, n), now = decay[i] * old + key * v[j];
+      store(S + j * W, now, n);
+      y[j] += query * (p.bonus.at ? old + more * v[j] : now);
     }
-    store(p.y.at + b * p.y.stride[0] + head * p.y.stride[1] + c * p.y.stride[2], p.y.stride[2], y, n);
   }
+  for (int j = 0; j < N; j++) store(to + j * W * p.y.stride[2], p.y.stride[2], y[j], n);
+}
+inline void attend_step(const Attend &p, int64_t b, int64_t head, float *decay) {
+  decays(p.gates, p.g, b, head, p.keys, decay);
+  every_columns(p.values, [&](int64_t c, auto n) { attend_columns<decltype(n)::value>(p, b, head, c, decay); });
 }
 
 // Delta rule: u = S^T a, S = diag(e) S + b u^T + k v^T (without b: k (v + u)^T), y = S^T q. One head.
@@ -120,24 +137,33 @@ struct Delta {
   Ref q, k, v, a, b, g, y;
   float *state;
 };
-inline void delta_step(const Delta &p, int64_t row, int64_t head, float *decay) {
+template <int N>
+inline void delta_columns(const Delta &p, int64_t row, int64_t head, int64_t c, const float *decay) {
   const auto at = [&](const Ref &r) { return r.at ? r.at + row * r.stride[0] + head * r.stride[1] : nullptr; };
   const float *q = at(p.q), *k = at(p.k), *a = at(p.a), *b = at(p.b);
-  decays(p.gates, p.g, row, head, p.keys, decay);
-  for (int64_t c = 0; c < p.values; c += W) {
-    const int n = lanes(p.values - c);
-    vf value = load(at(p.v) + c * p.v.stride[2], p.v.stride[2], n), read{}, y{};
-    float *S = p.state + (row * p.heads + head) * p.keys * p.values + c;
-    for (int64_t i = 0; i < p.keys; i++) read += a[i * p.a.stride[2]] * load(S + i * p.values, n);
-    if (!b) value += read;
-    for (int64_t i = 0; i < p.keys; i++) {
-      vf now = decay[i] * load(S + i * p.values, n) + k[i * p.k.stride[2]] * value;
-      if (b) now += b[i * p.b.stride[2]] * read;
-      store(S + i * p.values, now, n);
-      y += q[i * p.q.stride[2]] * now;
+  float *first = p.state + (row * p.heads + head) * p.keys * p.values + c, *S = first;
+  const int n = N == 1 ? lanes(p.values - c) : W;
+  vf value[N], read[N] = {}, y[N] = {};
+  for (int j = 0; j < N; j++) value[j] = load(at(p.v) + (c + j * W) * p.v.stride[2], p.v.stride[2], n);
+  for (int64_t i = 0; i < p.keys; i++, S += p.values)
+    for (int j = 0; j < N; j++) read[j] += a[i * p.a.stride[2]] * load(S + j * W, n);
+  if (!b)
+    for (int j = 0; j < N; j++) value[j] += read[j];
+  S = first;
+  for (int64_t i = 0; i < p.keys; i++, S += p.values) {
+    const float key = k[i * p.k.stride[2]], query = q[i * p.q.stride[2]], other = b ? b[i * p.b.stride[2]] : 0.0f;
+    for (int j = 0; j < N; j++) {
+      vf now = decay[i] * load(S + j * W, n) + key * value[j];
+      if (b) now += other * read[j];
+      store(S + j * W, now, n);
+      y[j] += query * now;
     }
-    store(at(p.y) + c * p.y.stride[2], p.y.stride[2], y, n);
   }
+  for (int j = 0; j < N; j++) store(at(p.y) + (c + j * W) * p.y.stride[2], p.y.stride[2], y[j], n);
+}
+inline void delta_step(const Delta &p, int64_t row, int64_t head, float *decay) {
+  decays(p.gates, p.g, row, head, p.keys, decay);
+  every_columns(p.values, [&](int64_t c, auto n) { delta_columns<decltype(n)::value>(p, row, head, c, decay); });
 }
 
 }  // namespace ev
