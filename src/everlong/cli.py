@@ -65,7 +65,7 @@ def compare(
     text = [*(data or []), *(paths or [])]
     if paths and not data:
         raise ValueError(f"unexpected {paths[0]!r}; name text with --data, as in --data {paths[0]}")
-    names = [name.strip() for name in mixers.split(",") if name.strip()]
+    names = _names(mixers)
     settings = profile(quick, seed=seed, params=params, tokens=tokens)
     if not run(out, names=names, data=text or None, settings=settings, command=_typed()):
         sys.exit(130)

@@ -17,7 +17,7 @@ from ..models.decode import Decoder
 from ..models.lm import LanguageModel
 from ..models.packed import PackedLinear
 from ..models.presets import PRESETS, preset
-from ..models.quantize import quantized
+from ..models.quantize import quantized, weight_bytes
 
 
 class Unavailable(ValueError):
@@ -103,12 +103,8 @@ class Everlong(Engine):
     @property
     def nbytes(self) -> int:
         """Bytes of weights that every token reads: all of them, but for a table of embeddings that is not the head."""
-        unread = self.model.embedding.state_dict() if self.model.head is not None else {}
-        return _nbytes(self.model.state_dict()) - _nbytes(unread)
-
-
-def _nbytes(tensors: dict[str, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())
+        unread = 0 if self.model.head is None else weight_bytes(self.model.embedding)
+        return weight_bytes(self.model) - unread
 
 
 def random_model(name: str, seed: int = 0) -> LanguageModel:

@@ -13,9 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..models.lm import LanguageModel
 from ..models.presets import preset
-from ..models.quantize import quantized
+from ..models.quantize import quantized, weight_bytes
 from ..ops.native.product import check_format
 from ..train.data import Corpus, default_paths
 from ..train.loop import Trainer, evaluate
@@ -35,11 +34,6 @@ class Drift(NamedTuple):
     base: str
     nbytes: dict[str, int]
     drift: dict[str, float]
-
-
-def weight_bytes(model: LanguageModel) -> int:
-    """Bytes of all weights as they lie in memory."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
 
 
 @torch.no_grad()

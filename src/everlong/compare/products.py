@@ -34,7 +34,7 @@ def fastest(call: Callable[[int], Tensor]) -> float:
 
 def nbytes(packed: Packed) -> int:
     """Bytes that a product reads."""
-    return sum(t.numel() * t.element_size() for t in (packed.weight, packed.scale) if t is not None)
+    return sum(t.nbytes for t in (packed.weight, packed.scale) if t is not None)
 
 
 def measure(weight: Tensor, name: str) -> str:

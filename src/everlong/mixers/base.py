@@ -26,6 +26,7 @@ __all__ = [
     "Mixing",
     "RMSNorm",
     "block_diagonal",
+    "conv_silu",
     "dt_bias",
     "identity_values",
     "split_heads",
@@ -187,6 +188,11 @@ def split_heads(width: int, n_heads: int) -> int:
     if n_heads < 1 or width < n_heads or width % n_heads:
         raise ValueError(f"width {width} cannot be split into {n_heads} heads; choose a multiple of n_heads")
     return width // n_heads
+
+
+def conv_silu(conv: nn.Conv1d) -> dict[str, Any]:
+    """The arguments with which ``ops/short_conv`` computes ``silu(conv(x))``: weight [C W], bias [C] or None."""
+    return {"weight": conv.weight[:, 0], "bias": conv.bias, "activation": "silu"}
 
 
 def block_diagonal(x: Tensor, weight: Tensor) -> Tensor:

@@ -66,9 +66,6 @@ class DeltaNet(base.Mixer):
             memory=torch.zeros(batch, self.cfg.n_heads, self.head_k, self.head_v, **self.memory_factory),
         )
 
-    def _filter(self) -> dict[str, Any]:
-        return {"weight": self.conv.weight[:, 0], "activation": "silu"}
-
     def _rule(self, mixed: Tensor, x: Tensor) -> dict[str, Any]:
         """Inputs of the delta rule, [... H K] or [... H V], from the convolved q, k, v and x."""
         q, k, v = (part.unflatten(-1, (self.cfg.n_heads, -1)) for part in mixed.split(self.widths, dim=-1))
@@ -83,20 +80,20 @@ class DeltaNet(base.Mixer):
     def forward(self, x: Tensor, state: Any = None, *, starts: Tensor | None = None) -> tuple[Tensor, State]:
         """x [B T D] -> y [B T D], state."""
         before = self.begin(x, state, starts)
-        mixed, conv = short_conv(self.qkv_proj(x), **self._filter(), state=before.conv, starts=starts)
+        mixed, conv = short_conv(self.qkv_proj(x), **base.conv_silu(self.conv), state=before.conv, starts=starts)
         y, memory = delta_rule(**self._rule(mixed, x), state=before.memory, starts=starts)
         return self._finish(y), self.State(conv=conv, memory=memory)
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """x [B D] -> y [B D], state."""
         before = self.begin(x, state)
-        mixed, conv = short_conv_step(self.qkv_proj(x), **self._filter(), state=before.conv)
+        mixed, conv = short_conv_step(self.qkv_proj(x), **base.conv_silu(self.conv), state=before.conv)
         y, memory = delta_rule_step(**self._rule(mixed, x), state=before.memory)
         return self._finish(y), self.State(conv=conv, memory=memory)
 
     def mixing(self, x: Tensor) -> base.Mixing:
         """See ``base.Mixer.mixing``; one matrix per head."""
-        mixed, _ = short_conv(self.qkv_proj(x), **self._filter())
+        mixed, _ = short_conv(self.qkv_proj(x), **base.conv_silu(self.conv))
         rule = self._rule(mixed, x)
         eye = base.identity_values(*rule["v"].shape[:3], like=rule["v"])
         matrix, _ = delta_rule(**{**rule, "v": eye})

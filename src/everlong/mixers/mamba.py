@@ -90,9 +90,6 @@ class Mamba(base.Mixer):
             memory=torch.zeros(batch, channels, keys, **self.memory_factory),
         )
 
-    def _filter(self) -> dict[str, Any]:
-        return {"weight": self.conv1d.weight[:, 0], "bias": self.conv1d.bias, "activation": "silu"}
-
     def _select(self, x: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
         """The inputs of the scan that depend on the token (dt before its bias and softplus), and those that do not."""
         low, B, C = self.x_proj(x).split([self.rank, self.cfg.d_state, self.cfg.d_state], dim=-1)
@@ -104,7 +101,7 @@ class Mamba(base.Mixer):
         """x [B T D] -> y [B T D], state."""
         state = self.begin(x, state, starts)
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        x, conv = short_conv(x, **self._filter(), state=state.conv, starts=starts)
+        x, conv = short_conv(x, **base.conv_silu(self.conv1d), state=state.conv, starts=starts)
         tokens, fixed = self._select(x)
         y, memory = selective_scan(**tokens, **fixed, state=state.memory, starts=starts)
         return self.out_proj(gate(y, z)), self.State(conv=conv, memory=memory)
@@ -113,7 +110,7 @@ class Mamba(base.Mixer):
         """x [B D] -> y [B D], state."""
         state = self.begin(x, state)
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        x, conv = short_conv_step(x, **self._filter(), state=state.conv)
+        x, conv = short_conv_step(x, **base.conv_silu(self.conv1d), state=state.conv)
         tokens, fixed = self._select(x)
         y, memory = selective_scan_step(**tokens, **fixed, state=state.memory)
         return self.out_proj(gate(y, z)), self.State(conv=conv, memory=memory)
@@ -122,7 +119,7 @@ class Mamba(base.Mixer):
         """See ``base.Mixer.mixing``; one matrix per channel, values of width 1 after convolution and SiLU."""
         batch, time = x.shape[:2]
         x = self.in_proj(x).chunk(2, dim=-1)[0]
-        tokens, fixed = self._select(short_conv(x, **self._filter())[0])
+        tokens, fixed = self._select(short_conv(x, **base.conv_silu(self.conv1d))[0])
         values, output = tokens["x"], selective_scan(**tokens, **fixed)[0]
         repeated = {name: tensor.repeat_interleave(time, dim=0) for name, tensor in tokens.items()}
         impulses = torch.eye(time, dtype=x.dtype, device=x.device).repeat(batch, 1)[..., None].expand_as(repeated["x"])

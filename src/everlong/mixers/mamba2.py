@@ -97,9 +97,6 @@ class Mamba2(base.Mixer):
             memory=torch.zeros(batch, self.n_heads, cfg.d_state, cfg.head_dim, **self.memory_factory),
         )
 
-    def _filter(self) -> dict[str, Any]:
-        return {"weight": self.conv1d.weight[:, 0], "bias": self.conv1d.bias, "activation": "silu"}
-
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The gate z, what is convolved (x, B, C), and the step dt in fp32."""
         mixed = self.channels + 2 * self.keys
@@ -122,7 +119,7 @@ class Mamba2(base.Mixer):
         """x [B T D] -> y [B T D], state."""
         state = self.begin(x, state, starts)
         z, mixed, dt = self._project(x)
-        mixed, conv = short_conv(mixed, **self._filter(), state=state.conv, starts=starts)
+        mixed, conv = short_conv(mixed, **base.conv_silu(self.conv1d), state=state.conv, starts=starts)
         x, qkvg = self._heads(mixed, dt)
         y, memory = linear_attention(*qkvg, state=state.memory, starts=starts)
         return self._finish(y, x, z), self.State(conv=conv, memory=memory)
@@ -131,7 +128,7 @@ class Mamba2(base.Mixer):
         """x [B D] -> y [B D], state."""
         state = self.begin(x, state)
         z, mixed, dt = self._project(x)
-        mixed, conv = short_conv_step(mixed, **self._filter(), state=state.conv)
+        mixed, conv = short_conv_step(mixed, **base.conv_silu(self.conv1d), state=state.conv)
         x, qkvg = self._heads(mixed, dt)
         y, memory = linear_attention_step(*qkvg, state=state.memory)
         return self._finish(y, x, z), self.State(conv=conv, memory=memory)
@@ -139,7 +136,7 @@ class Mamba2(base.Mixer):
     def mixing(self, x: Tensor) -> base.Mixing:
         """See ``base.Mixer.mixing``; one matrix per head, values after convolution and SiLU, before dt."""
         _, mixed, dt = self._project(x)
-        x, (q, k, v, g) = self._heads(short_conv(mixed, **self._filter())[0], dt)
+        x, (q, k, v, g) = self._heads(short_conv(mixed, **base.conv_silu(self.conv1d))[0], dt)
         eye = base.identity_values(*v.shape[:3], like=v)
         matrix, _ = linear_attention(q, k, eye * dt[..., None].to(eye.dtype), g)
         skip = self.D[:, None]

@@ -98,10 +98,6 @@ class MLSTM(base.Mixer):
             m=torch.zeros(batch, heads, **self.memory_factory),
         )
 
-    @property
-    def _taps(self) -> dict[str, Any]:
-        return {"weight": self.conv.weight[:, 0], "bias": self.conv.bias, "activation": "silu"}
-
     def _project(self, u: Tensor, mixed: Tensor) -> Parts:
         """The cell's inputs from the widened input u and its convolved branch, both [... C]."""
         q, k = base.block_diagonal(mixed, self.q_weight), base.block_diagonal(mixed, self.k_weight)
@@ -145,7 +141,7 @@ class MLSTM(base.Mixer):
         """x [B T D] -> y [B T D], state."""
         before = self.begin(x, state, starts)
         u, z = self.up_proj(x).chunk(2, dim=-1)
-        mixed, conv = short_conv(u, **self._taps, state=before.conv, starts=starts)
+        mixed, conv = short_conv(u, **base.conv_silu(self.conv), state=before.conv, starts=starts)
         h, memory, m = self._cell(self._project(u, mixed), before.memory, before.m, starts)
         return self._finish(h, mixed, z), self.State(conv=conv, memory=memory, m=m)
 
@@ -153,7 +149,7 @@ class MLSTM(base.Mixer):
         """x [B D] -> y [B D], state."""
         before = self.begin(x, state)
         u, z = self.up_proj(x).chunk(2, dim=-1)
-        mixed, conv = short_conv_step(u, **self._taps, state=before.conv)
+        mixed, conv = short_conv_step(u, **base.conv_silu(self.conv), state=before.conv)
         q, k, v, i, f = self._project(u, mixed)
         last = before.m.detach()
         m, _ = max_plus_scan_step(i.detach(), f.detach(), state=last)
@@ -165,7 +161,7 @@ class MLSTM(base.Mixer):
         """See ``base.Mixer.mixing``; one matrix per head, divided by the normaliser."""
         before = self.begin(x, None, None)
         u, _ = self.up_proj(x).chunk(2, dim=-1)
-        parts = self._project(u, short_conv(u, **self._taps, state=before.conv)[0])
+        parts = self._project(u, short_conv(u, **base.conv_silu(self.conv), state=before.conv)[0])
         eye = base.identity_values(*parts.v.shape[:3], like=parts.v)
         empty = before.memory.new_zeros(*before.memory.shape[:3], eye.shape[-1] + 1)
         matrix, _, _ = self._cell(parts._replace(v=eye), empty, before.m, None)

@@ -72,10 +72,6 @@ class SLSTM(base.Mixer):
             cell=torch.zeros(batch, 4, self.cfg.n_heads, self.head, **self.memory_factory),
         )
 
-    @property
-    def _taps(self) -> dict[str, Any]:
-        return {"weight": self.conv.weight[:, 0], "bias": self.conv.bias, "activation": "silu"}
-
     def _project(self, x: Tensor, mixed: Tensor) -> Tensor:
         """Pre-activations [... H 4 K] without the recurrent part, from x and its convolved branch."""
         heads = (self.cfg.n_heads, 2, self.head)
@@ -90,7 +86,7 @@ class SLSTM(base.Mixer):
     def forward(self, x: Tensor, state: Any = None, *, starts: Tensor | None = None) -> tuple[Tensor, State]:
         """x [B T D] -> y [B T D], state."""
         before = self.begin(x, state, starts)
-        mixed, conv = short_conv(x, **self._taps, state=before.conv, starts=starts)
+        mixed, conv = short_conv(x, **base.conv_silu(self.conv), state=before.conv, starts=starts)
         pre = self._project(x, mixed)
         h, cell = slstm_scan(pre, recurrent=self.recurrent, state=before.cell, starts=starts)
         return self._finish(h), self.State(conv=conv, cell=cell)
@@ -98,6 +94,6 @@ class SLSTM(base.Mixer):
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """x [B D] -> y [B D], state."""
         before = self.begin(x, state)
-        mixed, conv = short_conv_step(x, **self._taps, state=before.conv)
+        mixed, conv = short_conv_step(x, **base.conv_silu(self.conv), state=before.conv)
         h, cell = slstm_scan_step(self._project(x, mixed), recurrent=self.recurrent, state=before.cell)
         return self._finish(h), self.State(conv=conv, cell=cell)

@@ -80,6 +80,11 @@ def places(model: LanguageModel, format: str) -> Iterator[Place]:
             yield Place(path, module, least, mixer.step_outputs().get(name, 0))
 
 
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of all weights as they lie in memory, packed or not."""
+    return sum(tensor.nbytes for tensor in module.state_dict().values())
+
+
 def _fits(linear: nn.Linear) -> bool:
     return LEAST <= linear.in_features <= MAX_IN and linear.out_features >= LEAST
 
