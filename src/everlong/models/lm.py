@@ -19,6 +19,7 @@ from .. import config, shapes
 from .. import state as states
 from ..mixers import base
 from ..ops.linear import Linear, linear
+from ..ops.native import waiting
 from ..state import state
 from .blocks import Layer, Norm
 from .packed import PackedEmbedding, PackedLinear
@@ -137,6 +138,8 @@ class LanguageModel(nn.Module):
         self, tokens: Tensor, state: State | None = None, *, starts: Tensor | None = None
     ) -> tuple[Tensor, State]:
         """Everything but the head: tokens [B T] -> normalised hidden states [B T D], state."""
+        if not torch.compiler.is_compiling():
+            waiting.look()
         before = self._begin(tokens, state, starts)
         x, side, after = self.embed(tokens), {}, []  # type: ignore[var-annotated]
         for layer, kept in zip(self.layers, before.layers, strict=True):
