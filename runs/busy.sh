@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Training a model of 0.4 M parameters beside six busy processes: as it is, with threads that spin at every barrier as
+# Training a model of width 128 and four layers beside six busy processes: as it is, with threads that spin at every barrier as
 # PyTorch's own do, and the Llama of transformers; each also on the quiet machine.
 set -e
 cd "$(dirname "$0")/.."

@@ -1,6 +1,6 @@
 """Training on a machine that others use too:  ``python -m everlong.bench.busy [busy processes] [seconds]``.
 
-Each contender trains a model of some 0.4 M parameters in a process of its own, first on the quiet machine and then
+Each contender trains a model of width 128 and four layers in a process of its own, first on the quiet machine and then
 beside processes that keep the cores busy. A fair share of the busy machine is what the threads of the contender get
 where every thread gets the same: cores / (threads + busy processes) of its speed on the quiet one.
 """
@@ -29,15 +29,11 @@ def worker(model: str, seconds: float, busy: int) -> float:
     """Tokens per second of training, the median step, beside ``busy`` processes that begin after the warm-up."""
     import time
 
-    from ..compare.architectures import sized
-    from .training import Shape, _our_step, _their_step, llama
+    from .training import Shape, _our_step, _their_step, llama, models
 
     shape = Shape(d_model=128, layers=4, batch=4, context=256)
-    step = (
-        _their_step(llama(shape), shape, "fp32")
-        if model == "llama"
-        else _our_step(sized(model, 400_000), shape, "fp32")
-    )
+    ours = models(shape).get(model)
+    step = _their_step(llama(shape), shape, "fp32") if ours is None else _our_step(ours, shape, "fp32")
     for _ in range(5):
         step()
     code = BURN.format(parent=os.getpid())

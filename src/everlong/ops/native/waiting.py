@@ -1,9 +1,9 @@
 """How threads wait for one another where other processes want the same cores.
 
 In PyTorch's OpenMP runtime on Linux (libgomp) a thread that waits at a barrier spins for milliseconds. On a quiet
-machine nothing is faster. On a busy one it keeps the core from the very thread that it waits for, and training falls to a
-twentieth of its speed. libgomp spins only for an instant, then sleeps, once it manages more threads than there are
-cores. So while this process has to queue for its cores, a team of threads that do nothing is kept, asleep: waiting
+machine nothing is faster. On a busy one it keeps the core from the very thread that it waits for, and training falls
+to a twentieth of its speed. libgomp spins only for an instant, then sleeps, once it manages more threads than there
+are cores. So while this process has to queue for its cores, a team of threads that do nothing is kept, asleep: waiting
 becomes sleeping, and no result changes. On a quiet machine there is no such team.
 
 ``look()`` is called by models, training and decoding; it reads how long this thread stood in the queue (Linux:
