@@ -176,7 +176,7 @@ def test_state_bytes_are_those_of_real_states(name):
 
 def test_a_state_that_grows_undeclared_is_refused(monkeypatch):
     model = sized("gla", 30_000).build()
-    monkeypatch.setattr(cost, "state_bytes", lambda model, length: 7)
+    monkeypatch.setattr(cost.states, "nbytes_after", lambda empty, length: 7)
     with pytest.raises(RuntimeError, match="bytes after 10 tokens, but 7 were computed"):
         cost.measured_bytes(model, torch.zeros(1, 10, dtype=torch.long), (10,))
 

@@ -41,11 +41,11 @@ def compare(
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option(help="Tokens that every model is trained on.", show_default="chosen for a run of some 5 minutes"),
+        typer.Option(help="Tokens that every model is trained on.", show_default="500,000"),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the results.", show_default="runs/compare")] = None,
     seed: Annotated[int, typer.Option(help="Of initial values, order of the text, and samples.")] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="About a minute: small models, hardly trained.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Short: small models, hardly trained.")] = False,
 ) -> None:
     """Train architectures on the same text and compare what they learn, recall and cost.
 
@@ -53,7 +53,7 @@ def compare(
     the same command again goes on.
 
     [bold]Examples[/]\n
-      everlong compare   [dim](six architectures, some 5 minutes on two cores)[/]\n
+      everlong compare   [dim](six architectures)[/]\n
       everlong compare --quick --mixers attention,mamba2\n
       everlong compare --data ~/notes book.txt --params 2000000 --tokens 5000000 --out runs/notes\n
       everlong compare --mixers mamba2,my_package.my_mixer --out runs/mine\n
@@ -181,7 +181,7 @@ def train(
 
 @app.command("list")
 def list_architectures() -> None:
-    """Show every architecture: equation, memory, sizes, cost of a token, backends."""
+    """Show every architecture: equation, memory, sizes, cost of a token, what is native."""
     from .report.table import show
 
     show()
@@ -230,7 +230,9 @@ def bench_ops(
     minutes: Annotated[float | None, _MINUTES] = None,
     threads: Annotated[int | None, _THREADS] = None,
     out: Annotated[Path, _BENCH_OUT] = Path("runs", "bench", "ops"),
-    quick: Annotated[bool, typer.Option("--quick", help="One small case in fp32, a few minutes.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One small case in fp32; nothing begins after 5 minutes.")
+    ] = False,
 ) -> None:
     """Time every form of every op, forward and with gradients, in turn; GFLOP/s and GB/s beside the machine's limits.
 
@@ -280,7 +282,9 @@ def bench_models(
     minutes: Annotated[float | None, _MINUTES] = None,
     threads: Annotated[int | None, _THREADS] = None,
     out: Annotated[Path, _BENCH_OUT] = Path("runs", "bench", "models"),
-    quick: Annotated[bool, typer.Option("--quick", help="One model in bf16, short prompts, a minute or two.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One model in bf16, short prompts; nothing begins after 5 minutes.")
+    ] = False,
 ) -> None:
     """Time whole models at random weights: prompts, tokens, batches, training, memory; with --against, beside others.
 
