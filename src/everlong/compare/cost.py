@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from typing import Any, NamedTuple
@@ -49,12 +50,14 @@ def _cycled(tokens: Tensor, length: int) -> Tensor:
 class Speed(NamedTuple):
     """``prefill`` [[length, tokens/s]], ``decode`` [{"context", "p50_ms", "p99_ms"}], and the ``engine`` of decoding.
 
-    ``engine``: {"in_python", "blocks"}, how many blocks run in Python and of how many.
+    ``engine``: {"in_python", "blocks"}, how many blocks run in Python and of how many. ``load``: of the machine in the
+    minute before, in processes; None where the system does not tell.
     """
 
     prefill: list[list[float]]
     decode: list[dict[str, Any]]
     engine: dict[str, int]
+    load: float | None
 
 
 def engine(decoder: Decoder) -> tuple[int, int]:
@@ -70,6 +73,7 @@ def speed(model: LanguageModel, tokens: Tensor, lengths: tuple[int, ...], *, sec
     A length above 1K that would take more than 4 times ``seconds`` (by the last one's speed) is left out. Decoding
     times ``steps`` tokens (fewer if ``seconds`` are over, 20 at least), one by one, on the state that was read.
     """
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     prefill: list[list[float]] = []
     decode: list[dict[str, Any]] = []
     model.read(_cycled(tokens, lengths[0]))
@@ -81,7 +85,7 @@ def speed(model: LanguageModel, tokens: Tensor, lengths: tuple[int, ...], *, sec
         if length >= 1024:
             decode.append({"context": length, **_decode(model, tokens, state, seconds, steps)})
     in_python, blocks = engine(Decoder(model))
-    return Speed(prefill, decode, {"in_python": in_python, "blocks": blocks})
+    return Speed(prefill, decode, {"in_python": in_python, "blocks": blocks}, load)
 
 
 def _prefill(model: LanguageModel, prompt: Tensor, seconds: float) -> tuple[float, Any]:

@@ -6,6 +6,7 @@ noise of that measure share the first place. The all-round verdict averages plac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from .measures import (
     Results,
     comma,
     decode_points,
+    engine,
     entry,
     listing,
     milliseconds,
@@ -55,10 +57,12 @@ def first_places(measure: Measure, reading: Reading) -> list[str]:
 
 def _decide(measure: Measure, results: Results) -> Finding:
     reading, names = measure.read(results), titles(results)
-    if not reading.values:
-        return _finding(measure.key, measure.need, "missing", "not measured", reason=_absent(reading, names))
     if measure.key == "recall" and (refusal := _recall_unlearnt(reading, results)):
         return _finding(measure.key, measure.need, "none", "no model yet", reason=refusal)
+    if reading.aside and len(reading.values) < 2:
+        return _finding(measure.key, measure.need, "none", "no winner", reason=_nobody(measure, reading, results))
+    if not reading.values:
+        return _finding(measure.key, measure.need, "missing", "not measured", reason=_absent(reading, names))
     winners = first_places(measure, reading)
     figure = f"{_span_of(measure, reading, winners)}{_where(measure, reading)}"
     if len(reading.values) == 1:
@@ -80,7 +84,7 @@ def _compare(measure: Measure, reading: Reading, winners: Sequence[str], figure:
     behind = [name for name in _ordered(measure, reading) if name not in winners]
     told = _tie(measure, reading, winners, names) if len(winners) > 1 else _win(measure, reading, winners[0], names)
     parts = [told, _next(measure, reading, winners, behind, names), _extra(measure, reading, winners, results)]
-    parts.append(_left_out(reading, names))
+    parts += [_aside(measure, reading, names), _left_out(reading, names)]
     kind, head = ("tie", f"a tie: {_named(winners, names)}") if len(winners) > 1 else ("win", names[winners[0]])
     second = ""
     if behind:
@@ -97,6 +101,26 @@ def _compare(measure: Measure, reading: Reading, winners: Sequence[str], figure:
         reason=" ".join(part for part in parts if part),
         runner_up=next(iter(behind), None),
     )
+
+
+def _nobody(measure: Measure, reading: Reading, results: Results) -> str:
+    """What was measured where fewer than two models can be compared."""
+    names = titles(results)
+    told = [f"{names[n]}: {measure.full(value)}{_where(measure, reading)}." for n, value in reading.values.items()]
+    parts = [*told, _aside(measure, reading, names), _extra(measure, reading, list(reading.values), results)]
+    return " ".join(part for part in parts if part)
+
+
+_WHY_ASIDE = {
+    "recall": "Had not finished learning, so neither win nor lose",
+    "decode": "Not compared, since these figures are in part those of Python",
+}
+
+
+def _aside(measure: Measure, reading: Reading, names: dict[str, str]) -> str:
+    """Who was measured but cannot be compared, and why."""
+    rows = [f"{names[n]} {measure.full(value)} {reading.why[n]}".strip() for n, value in reading.aside.items()]
+    return f"{_WHY_ASIDE[measure.key]}: {'; '.join(rows)}." if rows else ""
 
 
 def _span_of(measure: Measure, reading: Reading, names: Sequence[str]) -> str:
@@ -210,7 +234,7 @@ def _start(results: Results, name: str) -> str:
 
 def _recall_unlearnt(reading: Reading, results: Results) -> str:
     """A refusal to name a winner where nobody is above chance."""
-    best, chance = max(reading.values.values()), _chance(results)
+    best, chance = max([*reading.values.values(), *reading.aside.values()], default=math.inf), _chance(results)
     if best >= chance + 0.05:
         return ""
     return (
@@ -247,20 +271,30 @@ def _growth(reading: Reading, winners: Sequence[str], results: Results) -> str:
 
 
 def _steadiness(reading: Reading, winners: Sequence[str], results: Results) -> str:
-    """P99 of the winner, then who keeps its latency as the context grows and who does not."""
-    names, told, at = titles(results), "", reading.at or 0.0
-    rows = {m["name"]: decode_points(m) for m in models(results) if m["name"] in reading.values}
-    slow = {m["name"]: dict(decode_points(m, "p99_ms")) for m in models(results)}
-    if at in slow[winners[0]]:
-        told = f"One token in a hundred takes {names[winners[0]]} {milliseconds(slow[winners[0]][at])} ms or more."
-    start = min(row[0][0] for row in rows.values())
-    growth = {name: dict(row)[at] / row[0][1] for name, row in rows.items() if row[0][0] == start < at and row[0][1]}
-    steady = [names[name] for name, rise in growth.items() if rise <= 1.1]
-    rising = [f"{names[name]} takes {rise:.2g} times as long" for name, rise in growth.items() if rise > 1.1]
-    if not growth:
-        return told
-    parts = [f"{listing(steady)} stay{'s' if len(steady) == 1 else ''} within 10 %"] if steady else []
-    return f"{told} From {start:,.0f} to {at:,.0f} tokens of context, {'; '.join([*parts, *rising])}.".strip()
+    """The engine and P99 of the winner, then how the latency of growing states grows; constant ones cannot grow."""
+    names, at, told = titles(results), reading.at or 0.0, []
+    rows = {m["name"]: decode_points(m) for m in models(results) if reading.shown(m["name"]) is not None}
+    if winners:
+        told.append(f"Decoded by {'a native program' if _is_native(winners[0], results) else 'Python'}.")
+        slow = dict(next(decode_points(m, "p99_ms") for m in models(results) if m["name"] == winners[0]))
+        if at in slow:
+            told.append(f"One token in a hundred takes {names[winners[0]]} {milliseconds(slow[at])} ms or more.")
+    memory = {model["name"]: model.get("memory") for model in models(results)}
+    if fixed := [names[name] for name in rows if memory[name] in ("constant", "window")]:
+        told.append(f"The work of a token does not grow with the context for {listing(fixed)}, by construction.")
+    start = min((row[0][0] for row in rows.values()), default=at)
+    growing = [name for name, row in rows.items() if memory[name] == "linear" and row[0][0] == start < at and row[0][1]]
+    rises = [(names[name], dict(rows[name])[at] / rows[name][0][1]) for name in growing]
+    if rises:
+        grown = [
+            f"{who} takes {rise:.2g} times as long" if rise > 1.1 else f"{who} stays within 10 %" for who, rise in rises
+        ]
+        told.append(f"From {start:,.0f} to {at:,.0f} tokens of context, {'; '.join(grown)}.")
+    return " ".join(told)
+
+
+def _is_native(name: str, results: Results) -> bool:
+    return next(engine(model) for model in models(results) if model["name"] == name) == "native"
 
 
 def _left_out(reading: Reading, names: dict[str, str]) -> str:
@@ -280,8 +314,9 @@ def _places(measure: Measure, reading: Reading) -> dict[str, float]:
 
 
 def _half(keys: Sequence[str], readings: dict[str, Reading]) -> dict[str, float]:
-    """Mean place over the measured needs among ``keys``, for models measured in all of them."""
-    tables = [_places(m, readings[m.key]) for m in MEASURES if m.key in keys and readings[m.key].values]
+    """Mean place over the needs among ``keys`` in which all can be compared, for models measured in all of them."""
+    fair = [m for m in MEASURES if m.key in keys and readings[m.key].values and not readings[m.key].aside]
+    tables = [_places(m, readings[m.key]) for m in fair]
     if not tables:
         return {}
     everywhere = set.intersection(*(set(table) for table in tables))
@@ -308,7 +343,7 @@ def _all_round(results: Results) -> Finding:
         winners=winners,
         figure=f"average place {places[order[0]]:.1f} of {len(places)}",
         behind=f"Next: {names[behind[0]]}, {places[behind[0]]:.1f}" if behind else "",
-        reason=_weighed(order, places, quality, cost, names),
+        reason=_weighed(order, places, quality, cost, names) + _uncounted(readings),
         runner_up=next(iter(behind), None),
     )
 
@@ -325,6 +360,12 @@ def _weighed(
         f"Average place, quality and cost counting half each: {'; '.join(rows)}. "
         f"Within {ALL_ROUND_TIE} places is a tie. Your weights may differ: choose by the need that binds you."
     )
+
+
+def _uncounted(readings: dict[str, Reading]) -> str:
+    """The needs that could not count, since not all models can be compared in them."""
+    left = [measure.need.lower() for measure in MEASURES if readings[measure.key].aside]
+    return f" Not counted, since not all can be compared in it: {listing(left)}." if left else ""
 
 
 def headline(results: Results) -> str:
