@@ -214,6 +214,7 @@ app.add_typer(bench)
 _THREADS = typer.Option(help="Threads of every contender.", show_default="one for each core")
 _SECONDS = typer.Option(help="For the rounds of one comparison; three rounds are always made.")
 _MINUTES = typer.Option(help="No measurement begins later than this; the rest is skipped.")
+_GOALS = typer.Option("--goals", hidden=True, help="Hold the figures to the goals of the project.")
 _BENCH_OUT = typer.Option(help="Folder of results.json and report.html.")
 _COMMAS = "separated by commas"
 
@@ -233,6 +234,7 @@ def bench_ops(
     quick: Annotated[
         bool, typer.Option("--quick", help="One small case in fp32; nothing begins after 5 minutes.")
     ] = False,
+    goals: Annotated[bool, _GOALS] = False,
 ) -> None:
     """Time every form of every op, forward and with gradients, in turn; GFLOP/s and GB/s beside the machine's limits.
 
@@ -255,7 +257,7 @@ def bench_ops(
         seconds=seconds,
         quick=quick,
     )
-    if not run("ops", plan, Terms(out, threads, minutes or (5.0 if quick else 60.0), _typed())):
+    if not run("ops", plan, Terms(out, threads, minutes or (5.0 if quick else 60.0), _typed(), goals)):
         sys.exit(1)
 
 
@@ -285,6 +287,7 @@ def bench_models(
     quick: Annotated[
         bool, typer.Option("--quick", help="One model in bf16, short prompts; nothing begins after 5 minutes.")
     ] = False,
+    goals: Annotated[bool, _GOALS] = False,
 ) -> None:
     """Time whole models at random weights: prompts, tokens, batches, training, memory; with --against, beside others.
 
@@ -310,7 +313,7 @@ def bench_models(
         seconds=seconds,
         quick=quick,
     )
-    if not run("models", plan, Terms(out, threads, minutes or (5.0 if quick else 90.0), _typed())):
+    if not run("models", plan, Terms(out, threads, minutes or (5.0 if quick else 90.0), _typed(), goals)):
         sys.exit(1)
 
 
