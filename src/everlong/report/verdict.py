@@ -64,7 +64,8 @@ def _decide(measure: Measure, results: Results) -> Finding:
     if not reading.values:
         return _finding(measure.key, measure.need, "missing", "not measured", reason=_absent(reading, names))
     winners = first_places(measure, reading)
-    figure = f"{_span_of(measure, reading, winners)}{_where(measure, reading)}"
+    apart = f" ({len(reading.aside)} not compared)" if reading.aside else ""
+    figure = f"{_span_of(measure, reading, winners)}{_where(measure, reading)}{apart}"
     if len(reading.values) == 1:
         name = names[winners[0]]
         reason = " ".join(
@@ -365,7 +366,7 @@ def _weighed(
 def _uncounted(readings: dict[str, Reading]) -> str:
     """The needs that could not count, since not all models can be compared in them."""
     left = [measure.need.lower() for measure in MEASURES if readings[measure.key].aside]
-    return f" Not counted, since not all can be compared in it: {listing(left)}." if left else ""
+    return f" Not counted, since not all models can be compared: {listing(left)}." if left else ""
 
 
 def headline(results: Results) -> str:
