@@ -60,6 +60,10 @@ def test_the_table_knows_who_has_no_kernel():
         *("attention", "hyena", "lstm", "s4d", "slstm")
     }
     assert {name for name, (trains, _) in told.items() if trains == "in part"} == {"mlstm"}
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    said = re.search(r"for each token; ([\w, ]+) have no native form in it and run in Python", readme)[1]
+    in_python = {name for name, (_, decodes) in told.items() if decodes == "no"}
+    assert {name.lower() for name in re.split(r", | and ", said)} == in_python, "say so in the README, under Speed"
 
 
 def test_operations_of_attention_are_those_that_pytorch_counts():
