@@ -44,7 +44,7 @@ def test_native_training_in_the_table_is_what_training_runs(name, monkeypatch):
 
     monkeypatch.setattr(dispatch, "choose", watched)
     mixer = find(name)
-    y, _ = mixer.Config().build(128)(torch.randn(2, 70, 128))
+    y, _ = mixer.Config().build(128).float()(torch.randn(2, 70, 128, dtype=torch.float32))
     y.sum().backward()
     over_time = {op: row for op, row in ran.items() if op in table.mixing(mixer)}
     assert set(over_time) == set(table.mixing(mixer)), (ran, table.mixing(mixer))
@@ -130,7 +130,7 @@ def test_the_readme_says_how_much_of_its_models_decodes_in_python():
     said = re.search(r"Decoding of the (.+?) has (.+?) blocks in Python", (ROOT / "README.md").read_text())
     found = {}
     for name in DEFAULT:
-        python, blocks = cost.engine(Decoder(sized(name, Settings().params).build()))
+        python, blocks = cost.engine(Decoder(sized(name, Settings().params).build().float()))
         if python:
             found[architecture(name).title.split(" (")[0]] = f"{python} of {blocks}"
     titles, counts = (re.split(r", | and ", part) for part in said.groups())

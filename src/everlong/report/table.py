@@ -45,7 +45,8 @@ def rows() -> list[Row]:
 @torch.no_grad()
 def _row(name: str) -> Row:
     mixer = find(name)
-    model = LanguageModel.Config(vocab_size=2, d_model=WIDTH, layers=(Layer.Config(mixer=mixer.Config()),)).build()
+    cfg = LanguageModel.Config(vocab_size=2, d_model=WIDTH, layers=(Layer.Config(mixer=mixer.Config()),))
+    model = cfg.build().float()
     layer = model.layers[0].mixer
     parameters = sum(p.numel() for p in layer.parameters())
     small, large = (states.nbytes_after(layer.init_state(1), length) for length in (1024, 1024**2))

@@ -19,16 +19,13 @@ from .measures import (
     Reading,
     Results,
     comma,
-    decode_points,
-    engine,
     entry,
     listing,
-    milliseconds,
     models,
     percent,
-    points,
     titles,
 )
+from .reasons import extra
 
 __all__ = ["caveats", "first_places", "headline", "verdict"]
 
@@ -84,7 +81,7 @@ def _compare(measure: Measure, reading: Reading, winners: Sequence[str], figure:
     names = titles(results)
     behind = [name for name in _ordered(measure, reading) if name not in winners]
     told = _tie(measure, reading, winners, names) if len(winners) > 1 else _win(measure, reading, winners[0], names)
-    parts = [told, _next(measure, reading, winners, behind, names), _extra(measure, reading, winners, results)]
+    parts = [told, _next(measure, reading, winners, behind, names), extra(measure, reading, winners, results)]
     parts += [_aside(measure, reading, names), _left_out(reading, names)]
     kind, head = ("tie", f"a tie: {_named(winners, names)}") if len(winners) > 1 else ("win", names[winners[0]])
     second = ""
@@ -108,7 +105,7 @@ def _nobody(measure: Measure, reading: Reading, results: Results) -> str:
     """What was measured where fewer than two models can be compared."""
     names = titles(results)
     told = [f"{names[n]}: {measure.full(value)}{_where(measure, reading)}." for n, value in reading.values.items()]
-    parts = [*told, _aside(measure, reading, names), _extra(measure, reading, list(reading.values), results)]
+    parts = [*told, _aside(measure, reading, names), extra(measure, reading, list(reading.values), results)]
     return " ".join(part for part in parts if part)
 
 
@@ -199,40 +196,6 @@ def gap(measure: Measure, value: float, best: float) -> str:
     return f"{100 * behind:.{1 if behind < 0.1 else 0}f} % {'more' if measure.low else 'slower'}"
 
 
-def _extra(measure: Measure, reading: Reading, winners: Sequence[str], results: Results) -> str:
-    told = {"beyond": _rise, "recall": _span, "memory": _growth, "decode": _steadiness}.get(measure.key)
-    return told(reading, winners, results) if told else ""
-
-
-def _rise(reading: Reading, winners: Sequence[str], results: Results) -> str:
-    """How the loss at the longest length compares with the model's own at the shortest; who falls apart."""
-    changes = {}
-    for model in models(results):
-        row = points(model, "text", "by_length")
-        if model["name"] in reading.values and len(row) > 1:
-            changes[model["name"]] = reading.values[model["name"]] / row[0][1] - 1
-    names = titles(results)
-    told = [
-        f"{names[n]} changes by {signed(changes[n], 1)} % from its own figure at {_start(results, n)}"
-        for n in winners[:1]
-        if n in changes
-    ]
-    broken = [f"{names[name]} ({signed(rise, 0)} %)" for name, rise in changes.items() if rise > 0.10]
-    if broken:
-        told.append(f"more than 10 % worse than at that length: {listing(broken)}")
-    return "; ".join(told) + "." if told else ""
-
-
-def signed(fraction: float, digits: int) -> str:
-    """A change in percent with a true minus sign."""
-    return f"{100 * fraction:+.{digits}f}".replace("-", "\u2212")
-
-
-def _start(results: Results, name: str) -> str:
-    row = next(points(model, "text", "by_length") for model in models(results) if model["name"] == name)
-    return f"{row[0][0]:,.0f} tokens"
-
-
 def _recall_unlearnt(reading: Reading, results: Results) -> str:
     """A refusal to name a winner where nobody is above chance."""
     best, chance = max([*reading.values.values(), *reading.aside.values()], default=math.inf), _chance(results)
@@ -246,56 +209,6 @@ def _recall_unlearnt(reading: Reading, results: Results) -> str:
 
 def _chance(results: Results) -> float:
     return max((entry(model, "recall", "chance") or 0.0 for model in models(results)), default=0.0)
-
-
-def _span(reading: Reading, winners: Sequence[str], results: Results) -> str:
-    """Up to how many pairs the winners answer nine questions in ten."""
-    told, names = [], titles(results)
-    for model in models(results):
-        good = [pairs for pairs, accuracy in points(model, "recall", "pairs") if accuracy >= 0.9]
-        if model["name"] in winners and good:
-            told.append(f"{names[model['name']]} answers nine in ten up to {max(good):,.0f} pairs")
-    mean = f"The figure is the mean over the numbers of pairs asked, up to {reading.at:,.0f}."
-    return f"{listing(told)}. {mean}" if told else mean
-
-
-def _growth(reading: Reading, winners: Sequence[str], results: Results) -> str:
-    """Which of the winners stay at this size, and which grow."""
-    kinds = {model["name"]: model.get("memory") for model in models(results)}
-    names = titles(results)
-    still = [names[name] for name in reading.values if kinds[name] in ("constant", "window")]
-    grown = [names[name] for name in reading.values if kinds[name] == "linear"]
-    told = [f"The state of {listing(still)} is bounded"] if still else []
-    told += [f"that of {listing(grown)} grows with every token"] if grown else []
-    text = "; ".join(told)
-    return f"{text[:1].upper()}{text[1:]}." if text else ""
-
-
-def _steadiness(reading: Reading, winners: Sequence[str], results: Results) -> str:
-    """The engine and P99 of the winner, then how the latency of growing states grows; constant ones cannot grow."""
-    names, at, told = titles(results), reading.at or 0.0, []
-    rows = {m["name"]: decode_points(m) for m in models(results) if reading.shown(m["name"]) is not None}
-    if winners:
-        told.append(f"Decoded by {'a native program' if _is_native(winners[0], results) else 'Python'}.")
-        slow = dict(next(decode_points(m, "p99_ms") for m in models(results) if m["name"] == winners[0]))
-        if at in slow:
-            told.append(f"One token in a hundred takes {names[winners[0]]} {milliseconds(slow[at])} ms or more.")
-    memory = {model["name"]: model.get("memory") for model in models(results)}
-    if fixed := [names[name] for name in rows if memory[name] in ("constant", "window")]:
-        told.append(f"The work of a token does not grow with the context for {listing(fixed)}, by construction.")
-    start = min((row[0][0] for row in rows.values()), default=at)
-    growing = [name for name, row in rows.items() if memory[name] == "linear" and row[0][0] == start < at and row[0][1]]
-    rises = [(names[name], dict(rows[name])[at] / rows[name][0][1]) for name in growing]
-    if rises:
-        grown = [
-            f"{who} takes {rise:.2g} times as long" if rise > 1.1 else f"{who} stays within 10 %" for who, rise in rises
-        ]
-        told.append(f"From {start:,.0f} to {at:,.0f} tokens of context, {'; '.join(grown)}.")
-    return " ".join(told)
-
-
-def _is_native(name: str, results: Results) -> bool:
-    return next(engine(model) for model in models(results) if model["name"] == name) == "native"
 
 
 def _left_out(reading: Reading, names: dict[str, str]) -> str:
