@@ -15,7 +15,7 @@ import everlong
 from everlong import laws
 from everlong.compare import cost
 from everlong.compare.architectures import DEFAULT, architecture, sized
-from everlong.compare.settings import Settings
+from everlong.compare.settings import Settings, quick
 from everlong.config import find, mixer_names
 from everlong.models.blocks import Layer
 from everlong.models.decode import Decoder
@@ -135,6 +135,13 @@ def test_the_readme_says_how_much_of_its_models_decodes_in_python():
             found[architecture(name).title.split(" (")[0]] = f"{python} of {blocks}"
     titles, counts = (re.split(r", | and ", part) for part in said.groups())
     assert dict(zip(titles, counts, strict=True)) == found
+
+
+def test_help_names_the_sizes_of_both_profiles():
+    page = (ROOT / "src/everlong/cli.py").read_text()
+    for key in ("params", "tokens"):
+        full, short = (f"{getattr(settings, key):,}" for settings in (Settings(), quick()))
+        assert f'show_default="{full}; quick: {short}"' in page, f"--{key} of compare: {full}, with --quick {short}"
 
 
 def ops_over_time():

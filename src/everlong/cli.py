@@ -37,11 +37,11 @@ def compare(
         ),
     ] = "attention,mamba,mamba2,rwkv7,griffin,jamba",
     params: Annotated[
-        int | None, typer.Option(help="Parameters of every model, within 5 %.", show_default="400,000")
+        int | None, typer.Option(help="Parameters of every model, within 5 %.", show_default="400,000; quick: 150,000")
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option(help="Tokens that every model is trained on.", show_default="500,000"),
+        typer.Option(help="Tokens that every model is trained on.", show_default="500,000; quick: 120,000"),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the results.", show_default="runs/compare")] = None,
     seed: Annotated[int, typer.Option(help="Of initial values, order of the text, and samples.")] = 0,
@@ -145,7 +145,7 @@ def train(
     save_every: Annotated[int, typer.Option(help="Save the run every so many steps.")] = 100,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
 ) -> None:
-    """Train a language model on text; killed at any moment, it goes on where it was.
+    """Train a language model on text; killed at any moment, --resume goes on from the last save.
 
     [bold]Examples[/]\n
       everlong train\n
