@@ -105,7 +105,7 @@ def _nobody(measure: Measure, reading: Reading, results: Results) -> str:
     """What was measured where fewer than two models can be compared."""
     names = titles(results)
     told = [f"{names[n]}: {measure.full(value)}{_where(measure, reading)}." for n, value in reading.values.items()]
-    parts = [*told, _aside(measure, reading, names), extra(measure, reading, list(reading.values), results)]
+    parts = [*told, extra(measure, reading, list(reading.values), results), _aside(measure, reading, names)]
     return " ".join(part for part in parts if part)
 
 
