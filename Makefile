@@ -22,7 +22,7 @@ docs: .venv/dev.stamp  ## write what is generated from the code: the table in RE
 	$(BIN)/python -m everlong.report.readme README.md
 
 .venv/run.stamp: pyproject.toml
-	@echo "Setting up .venv (once; about a minute) ..."
+	@echo "Setting up .venv (once; a few minutes) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet $(TORCH)
 	@$(BIN)/python -m pip install --quiet --editable .

@@ -3,4 +3,4 @@
 set -e
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
-everlong bench models --measure batch --weights fp32,bf16 --batches 1,4,16 --seconds 30 --out runs/bench/batch
+everlong bench models --goals --measure batch --weights fp32,bf16 --batches 1,4,16 --seconds 30 --out runs/bench/batch

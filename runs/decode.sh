@@ -3,5 +3,5 @@
 set -e
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
-everlong bench models --models mamba-130m --measure decode --contexts 512 \
+everlong bench models --goals --models mamba-130m --measure decode --contexts 512 \
   --against llama.cpp --seconds 60 --out runs/bench/decode

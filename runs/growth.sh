@@ -3,6 +3,6 @@
 set -e
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
-everlong bench models --models mamba-130m --measure prefill,decode,memory --weights bf16 \
+everlong bench models --goals --models mamba-130m --measure prefill,decode,memory --weights bf16 \
   --lengths 2048,8192,32768,131072 --contexts 1024,131072 --texts 10000,1000000 \
   --seconds 300 --minutes 120 --out runs/bench/growth

@@ -3,4 +3,4 @@
 set -e
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
-everlong bench models --measure loss --out runs/bench/loss
+everlong bench models --goals --measure loss --out runs/bench/loss

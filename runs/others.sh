@@ -3,7 +3,7 @@
 set -e
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
-everlong bench models --models mamba2-130m,rwkv7-0.1b --measure prefill --weights bf16 --lengths 2048 \
+everlong bench models --goals --models mamba2-130m,rwkv7-0.1b --measure prefill --weights bf16 --lengths 2048 \
   --against transformers,llama.cpp --seconds 60 --out runs/bench/others-prefill
-everlong bench models --models mamba2-130m,rwkv7-0.1b --measure decode --contexts 512 \
+everlong bench models --goals --models mamba2-130m,rwkv7-0.1b --measure decode --contexts 512 \
   --against llama.cpp --seconds 60 --out runs/bench/others-decode

@@ -3,5 +3,5 @@
 set -e
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
-everlong bench models --models mamba-130m --measure prefill --weights bf16 --lengths 2048 \
+everlong bench models --goals --models mamba-130m --measure prefill --weights bf16 --lengths 2048 \
   --against transformers,llama.cpp --seconds 120 --out runs/bench/prefill

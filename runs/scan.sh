@@ -3,4 +3,4 @@
 set -e
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
-everlong bench ops --ops selective_scan --cases mamba-130m --dtypes fp32 --seconds 20 --out runs/bench/scan
+everlong bench ops --goals --ops selective_scan --cases mamba-130m --dtypes fp32 --seconds 20 --out runs/bench/scan

@@ -4,4 +4,4 @@
 set -e
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
-everlong bench models --measure training --against transformers --seconds 90 --out runs/bench/training
+everlong bench models --goals --measure training --against transformers --seconds 90 --out runs/bench/training

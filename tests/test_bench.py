@@ -370,6 +370,23 @@ class TestModels:
         made = run.run_ops(plan, run.Terms(tmp_path), watch)
         assert not made["complete"] and results.load(tmp_path)["rows"] and "Ctrl-C" in made["skipped"][0]
 
+    @pytest.mark.parametrize("goals", [False, True])
+    def test_the_goals_of_the_project_are_for_its_scripts(self, tmp_path, limits, monkeypatch, goals):
+        monkeypatch.setattr(run, "Limits", lambda: limits)
+        monkeypatch.setattr(limits, "measure", dict)
+        monkeypatch.setattr(claims, "lines", lambda kind, rows: [{"claim": "fast"}])
+        plan = ops.OpsPlan(ops=("max_plus_scan",), cases=(TINY,), dtypes=("fp32",), pace=FAST)
+        made = run.run_ops(plan, run.Terms(tmp_path, goals=goals), lambda *told: None)
+        assert made["lines"] == ([{"claim": "fast"}] if goals else [])
+
+    def test_scripts_ask_for_goals_and_help_does_not_show_them(self):
+        scripts = "".join(path.read_text() for path in Path(__file__).parent.parent.glob("runs/*.sh"))
+        called = [line for line in scripts.splitlines() if line.startswith("everlong bench")]
+        assert called and all(" --goals " in line for line in called)
+        for verb in ("ops", "models"):
+            shown = CliRunner().invoke(cli.app, ["bench", verb, "--help"])
+            assert shown.exit_code == 0 and "--quick" in shown.output and "goals" not in shown.output
+
     def test_threads_are_given_back(self, tmp_path):
         before = torch.get_num_threads()
         with pytest.raises(ValueError, match="threads must be at least 1, got 0"), run.threads(0):

@@ -204,7 +204,7 @@ def test_terminal_tables_fit_their_widths():
     told = said(made_up("models"))
     assert "holds  mamba-130m prefill 2048, bf16" not in told and "fails  mamba-130m prefill 2048, bf16" in told
     lines = made_up("models")["lines"]
-    assert f"{sum(line['holds'] for line in lines)} of {len(lines)} claims hold" in told
+    assert f"{sum(line['holds'] for line in lines)} of {len(lines)} goals hold" in told
 
 
 def test_ranges():

@@ -159,8 +159,13 @@ def test_learning_ends_where_nothing_is_left_to_learn():
     model = sized("gla", 20_000, vocab_size=66).build()
     task = RECALL.replace(tokens=8 * 32 * 150)
     steps = []
-    trained = measure.learn(loop.Trainer(model, task.task().build(), task.training(0)), 99.0, steps.append)
-    assert len(steps) == 100 and trained == 100 * 8 * 32 and not model.training
+    learnt = measure.learn(loop.Trainer(model, task.task().build(), task.training(0)), 99.0, steps.append)
+    assert len(steps) == 100 and learnt == (100 * 8 * 32, True) and not model.training
+    short = RECALL.replace(tokens=8 * 32 * 5)
+    assert measure.learn(loop.Trainer(model, short.task().build(), short.training(0)), 0.0, steps.append) == (
+        8 * 32 * 5,
+        False,
+    )
 
 
 @pytest.mark.parametrize("name", ["attention", "griffin", "gla"])
@@ -176,7 +181,7 @@ def test_state_bytes_are_those_of_real_states(name):
 
 def test_a_state_that_grows_undeclared_is_refused(monkeypatch):
     model = sized("gla", 30_000).build()
-    monkeypatch.setattr(cost, "state_bytes", lambda model, length: 7)
+    monkeypatch.setattr(cost.states, "nbytes_after", lambda empty, length: 7)
     with pytest.raises(RuntimeError, match="bytes after 10 tokens, but 7 were computed"):
         cost.measured_bytes(model, torch.zeros(1, 10, dtype=torch.long), (10,))
 
@@ -191,7 +196,8 @@ def test_miniature_run(tmp_path, text):
         assert model["training"]["tokens"] == results["settings"]["train_tokens"]
         assert [n for n, _ in model["recall"]["pairs"]] == [4, 8]
         assert model["decode"][0]["context"] == 1024 and model["decode"][0]["p50_ms"] <= model["decode"][0]["p99_ms"]
-        assert len(model["samples"]) >= 1
+        assert len(model["samples"]) >= 1 and model["recall"]["finished"] is False
+        assert model["engine"]["in_python"] in (0, 1, 2, 4) and model["load"] >= 0
         assert describe(folder.load(tmp_path / "run" / model["name"]).cfg) == model["layers"]
         assert not (tmp_path / "run" / model["name"] / "training/checkpoint.safetensors").exists()
     assert "<html" in (tmp_path / "run/report.html").read_text()

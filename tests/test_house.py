@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import everlong
+from everlong.ops import native
 from everlong.report.readme import generated
 
 ROOT = Path(everlong.__file__).parent
@@ -85,6 +86,7 @@ def test_help_is_fast_and_loads_no_torch():
     )
 
 
+@pytest.mark.skipif(native.MISSING is not None, reason="the table says what is native: make it where kernels are built")
 def test_the_readme_is_up_to_date():
     readme = Path(__file__).parent.parent / "README.md"  # beside the tests, wherever everlong is installed
     assert generated(readme.read_text()) == readme.read_text(), "run `make docs`"

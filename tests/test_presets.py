@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import everlong
-from everlong.models.presets import PRESETS
+from everlong.bench import training
+from everlong.compare.architectures import Shape, make
+from everlong.models.presets import PRESETS, preset
 
 PUBLISHED = {
     "mamba-130m": 129_135_360,
@@ -42,3 +44,40 @@ def test_config_survives_json(name):
 def test_unknown_preset_is_told_with_a_suggestion():
     with pytest.raises(ValueError, match="no preset 'mamba-130'; did you mean 'mamba-130m'"):
         everlong.preset("mamba-130")
+
+
+SIZES = {"vocab_size", "d_model", "hidden", "n_heads", "head_dim", "head_size", "d_state", "window"}
+FAMILIES = {  # family: the published size, and the name in compare
+    "mamba": ("mamba-130m", "mamba"),
+    "mamba2": ("mamba2-130m", "mamba2"),
+    "rwkv7": ("rwkv7-0.1b", "rwkv7"),
+    "griffin": ("recurrentgemma-2b", "griffin"),
+    "llama": ("llama-124m", "attention"),
+}
+
+
+def recipe(cfg):
+    """A configuration without its sizes; the scale of embeddings relative to the width, where it follows the width."""
+
+    def stripped(value):
+        if isinstance(value, dict):
+            sizes = {key for key in value if key in SIZES or key.endswith("_rank")}
+            return {key: stripped(item) for key, item in value.items() if key not in sizes}
+        return value
+
+    plain, root = cfg.to_dict(), cfg.d_model**0.5
+    if plain["embed_scale"] != 1.0:
+        plain["embed_scale"], plain["embed_std"] = plain["embed_scale"] / root, plain["embed_std"] * root
+    plain["embed_std"] = pytest.approx(plain["embed_std"])
+    unit = [stripped(layer) for layer in plain.pop("layers")[:3]]
+    return stripped(plain), unit
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_has_one_recipe(family):
+    """Published sizes, the comparison and the bench of training differ in sizes alone."""
+    published, compared = FAMILIES[family]
+    shape = training.Shape(layers=3)
+    timed = training.llama(shape) if family == "llama" else training.models(shape)[family]
+    of_compare = make(compared, Shape(128, 32), repeats=3)
+    assert recipe(timed) == recipe(preset(published)) == recipe(of_compare)

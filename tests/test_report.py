@@ -75,6 +75,7 @@ def made_up_model(row: tuple) -> dict:
             "pairs": [[n, 1 / 64 + 0.98 / (1 + (n / capacity) ** 3)] for n in (4, 8, 16, 32, 64)],
             "train_tokens": 400_000,
             "train_pairs": 32,
+            "finished": True,
         },
         "state_bytes": {
             "computed": [[t, _grows(name, fixed, t)] for t in [*tokens, 100_000]],
@@ -85,6 +86,8 @@ def made_up_model(row: tuple) -> dict:
             {"context": t, "p50_ms": latency * _slows(name, t), "p99_ms": latency * _slows(name, t) * 1.35}
             for t in (64, 1024, 4096, 16_384)
         ],
+        "engine": {"in_python": 0, "blocks": 6},
+        "load": 1.9,
         "samples": [
             {
                 "prompt": "def read_csv(",
@@ -276,6 +279,124 @@ def test_verdict_says_what_the_figures_say():
     assert found(results, "train")["winners"] == ["mamba2", "jamba", "griffin"]
     assert found(results, "all_round")["winner"] == "mamba2"
     assert "tie for text quality" in headline(results)
+
+
+def decoded(model: dict, *p50: float, p99: float = 1.3) -> None:
+    """Latencies of a model at 1,024, 4,096 and 16,384 tokens."""
+    pairs = zip((1024, 4096, 16_384), p50, strict=True)
+    model["decode"] = [{"context": at, "p50_ms": ms, "p99_ms": ms * p99} for at, ms in pairs]
+
+
+def test_noise_of_a_constant_state_is_no_growth(page):
+    """A busy minute makes a token of Mamba 1.5 times as slow at 16K; its work is the same, and nothing else is said."""
+    results = made_up("attention", "mamba", "rwkv7", "griffin")
+    for model, ms in zip(
+        results["models"], ((1.0, 1.5, 3.0), (0.07, 0.09, 0.105), (0.04, 0.03, 0.01), (0.5, 0.6, 0.9)), strict=True
+    ):
+        decoded(model, *ms)
+    told = found(results, "decode")["reason"]
+    assert "does not grow with the context for Mamba, RWKV-7 and Griffin, by construction" in told
+    assert "From 1,024 to 16,384 tokens of context, Attention takes 3 times as long." in told
+    for name in ("Mamba", "RWKV-7", "Griffin"):
+        assert not re.search(rf"{name} (takes [\d.]+ times as long|stays? within)", told), told
+    seen = page(results).text
+    assert not re.search(r"(Mamba|RWKV.7|Griffin) takes [\d.]+ times as long", seen)
+
+
+def test_python_and_programs_are_not_compared(page):
+    """A model decoded in part by Python neither wins nor loses, however fast or slow; the sentence says what it is."""
+    for ms in ((0.001, 0.001, 0.001), (1.6, 1.8, 2.87)):
+        results = made_up("attention", "mamba", "mamba2")
+        attention = results["models"][0]
+        attention["engine"] = {"in_python": 2, "blocks": 4}
+        decoded(attention, *ms)
+        finding = found(results, "decode")
+        assert finding["winner"] == "mamba2" and finding["runner_up"] == "mamba"
+        assert f"Attention {ms[-1]:.3g} ms with 2 of 4 blocks in Python" in finding["reason"]
+        assert "times as much" not in finding["reason"] and "by a native program" in finding["reason"]
+        assert (
+            "Not counted, since not all models can be compared: fastest decoding"
+            in found(results, "all_round")["reason"]
+        )
+        row = next(r for r in html._rows(results) if r["model"]["name"] == "attention")
+        assert next(cell for cell in row["cells"] if cell["value"] == ms[-1])["mark"] == "aside"
+        seen = page(results)
+        assert "not compared:" in seen.text and "Attention with 2 of 4 blocks in Python" in seen.text
+        out = io.StringIO()
+        summary(results, console=Console(file=out, width=120))
+        assert "†" in out.getvalue() and "per token after 16,384 (1 not compared)" in out.getvalue()
+
+
+@pytest.mark.parametrize("engines", [(None, None), (2, 0), (2, 1)])
+def test_no_fastest_decoding_where_fewer_than_two_share_an_engine(engines):
+    results = made_up("attention", "mamba")
+    for model, python in zip(results["models"], engines, strict=True):
+        model["engine"] = None if python is None else {"in_python": python, "blocks": 4}
+    finding = found(results, "decode")
+    assert (finding["kind"], finding["winner"], finding["winners"]) == ("none", None, [])
+    assert "14.4 ms" in finding["reason"] and "Not compared" in finding["reason"]
+
+
+def test_all_in_python_is_one_engine():
+    results = made_up("attention", "mamba")
+    for model in results["models"]:
+        model["engine"] = {"in_python": 4, "blocks": 4}
+    assert found(results, "decode")["winner"] == "mamba" and "Decoded by Python." in found(results, "decode")["reason"]
+
+
+def test_who_had_not_finished_learning_neither_wins_nor_loses_recall(page):
+    results = made_up("attention", "mamba", "mamba2", "jamba")
+    mamba2 = results["models"][2]
+    for accuracy in (0.32, 1.0):
+        mamba2["recall"].update(finished=False, train_tokens=320_000, pairs=[[n, accuracy] for n in (4, 8, 16, 32, 64)])
+        finding = found(results, "recall")
+        assert finding["winner"] == "attention" and "mamba2" not in (finding["runner_up"], *finding["winners"])
+        assert f"Mamba-2 {100 * accuracy:.0f} % after 320,000 tokens" in finding["reason"]
+        assert "Had not finished learning" in finding["reason"]
+    assert "Not finished with learning when the training ended: Mamba" in page(results).text
+    for model in results["models"]:
+        model["recall"]["finished"] = False
+    finding = found(results, "recall")
+    assert finding["kind"] == "none" and not finding["winners"] and "Had not finished learning" in finding["reason"]
+
+
+@pytest.mark.parametrize("sign", ["load", "tail"])
+def test_a_busy_machine_is_said(page, sign):
+    results = made_up("mamba", "mamba2")
+    assert "busy" not in page(results).text
+    if sign == "load":
+        results["models"][1]["load"] = 8.3
+    else:
+        decoded(results["models"][1], 0.03, 0.03, 0.0336, p99=300)
+    words = {
+        "load": "a load of 8.3 on 2 cores",
+        "tail": "one token in a hundred took Mamba-2 300 times the median or more",
+    }
+    assert words[sign] in caveats(results)[0] and "The machine was busy" in page(results).text
+    out = io.StringIO()
+    summary(results, console=Console(file=out, width=200))
+    assert words[sign] in out.getvalue()
+
+
+def test_two_figures_have_two_names(page):
+    """Bits per byte of all held-out text, and of its ends alone, are other figures; so are their names."""
+    columns = {measure.key: (measure.column, measure.unit) for measure in MEASURES}
+    assert columns["text"][0] != columns["beyond"][0] and columns["text"][1] != columns["beyond"][1]
+    labels = [column["label"] for column in html._columns(made_up())]
+    assert len(set(labels)) == len(labels), labels
+    plots = {plot["key"]: plot for plot in figures(made_up())}
+    assert plots["length"]["y"]["title"] == "bits per byte of the ends" != plots["position"]["y"]["title"]
+
+
+def test_the_live_table_names_the_length_whose_state_it_shows():
+    from everlong.report.terminal import COLUMNS, STATE_AT
+
+    column = next(column for column in COLUMNS if column.key == "state")
+    assert column.plain == f"of state at {STATE_AT:,} tokens" and column.head == f"state\n{STATE_AT // 1024}K"
+
+
+def test_the_title_promises_no_equal_terms():
+    assert html._heading(made_up()) == "Six architectures, one text, one recipe"
 
 
 def test_a_clear_lead_wins_and_a_small_one_ties():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -69,6 +70,15 @@ def rebuild(tree: S, values: Iterator[Tensor]) -> S:
 def nbytes(tree: Any) -> int:
     """Bytes held by all leaves of a state (all rows of the batch together)."""
     return sum(leaf.numel() * leaf.element_size() for _, leaf, _ in leaves(tree))
+
+
+def nbytes_after(tree: Any, length: int) -> int:
+    """Bytes of a state like ``tree`` after ``length`` tokens: a leaf that grows holds one entry for each of them."""
+    found = 0
+    for _, leaf, pad in leaves(tree):
+        entries = leaf.numel() if pad is None else leaf.shape[0] * length * math.prod(leaf.shape[2:])
+        found += entries * leaf.element_size()
+    return found
 
 
 def batch_size(tree: Any) -> int | None:

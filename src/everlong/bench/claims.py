@@ -1,4 +1,4 @@
-"""The claims that figures decide: each a line with what is asked, what was measured, and whether it holds.
+"""The project's own goals, for the scripts in ``runs/``: what is asked, what was measured, and whether it holds.
 
 Ratios are judged by their median over rounds, and printed with minimum and maximum.
 """

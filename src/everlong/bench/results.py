@@ -3,7 +3,8 @@
 ``version`` 1; ``kind`` "ops" or "models"; ``created``; ``command``; ``complete``; ``machine`` and ``settings`` as
 plain terms; ``limits``: ``read_gbs``, ``read_by``, ``copy_gbs``, ``matmul_fp32_gflops``, ``matmul_bf16_gflops``;
 ``skipped``: labels of stages for which no time was left; ``failed``: [{"label", "reason"}]; ``rows``; and ``lines``,
-the claims that these figures decide (see ``claims.py``), [{"claim", "asked", "measured", "holds"}].
+the project's goals that these figures decide (see ``claims.py``; empty unless ``--goals`` asks for them),
+[{"claim", "asked", "measured", "holds"}].
 
 A *spread* is {"min", "median", "max", "rounds"}; a ratio says how many times faster the row is than the other.
 Every row has ``status``: "timed", "mismatch" (it does not match its reference, so there is no time), "refused" (this

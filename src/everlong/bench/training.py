@@ -16,9 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import find
-from ..models.blocks import Layer, Norm, SwiGLU, pattern
-from ..models.channel_mix import ChannelMix
+from ..models import families
 from ..models.lm import LanguageModel
 from ..numerics import relative_errors
 from ..train.loop import Trainer
@@ -49,42 +47,27 @@ class Shape:
 
 
 def models(shape: Shape) -> dict[str, LanguageModel.Config]:
-    """The architectures as their papers build them, at this width and depth; heads of 64 or less."""
+    """The families as their papers build them (``models.families``), at this width and depth; heads of 64 or less."""
     heads = max(1, shape.d_model // 64)
-    layer_norm, small = Norm.Config(style="layer"), Norm.Config(eps=1e-6)
-    mlp = SwiGLU.Config(hidden=3 * shape.d_model, activation="gelu_tanh", bias=True)
-    local = find("attention").Config(n_heads=heads, n_kv_heads=1, window=shape.context // 4, rope_fraction=0.5)
-    griffin = {
-        "r": Layer.Config(mixer=find("rg_lru").Config(n_heads=heads), mlp=mlp, norm=small),
-        "a": Layer.Config(mixer=local, mlp=mlp, norm=small),
+    head = shape.d_model // heads
+    units = {
+        "mamba": families.mamba(),
+        "mamba2": families.mamba2(head_dim=head),
+        "rwkv7": families.rwkv7(head_size=head),
+        "griffin": families.griffin(n_heads=heads, hidden=3 * shape.d_model, window=shape.context // 4),
     }
-    goose = Layer.Config(
-        mixer=find("rwkv7").Config(head_size=shape.d_model // heads), mlp=ChannelMix.Config(), norm=layer_norm
-    )
-    head_dim = shape.d_model // heads
-    layers: dict[str, tuple[Layer.Config, ...]] = {
-        "mamba": (Layer.Config(mixer=find("mamba").Config()),) * shape.layers,
-        "mamba2": (Layer.Config(mixer=find("mamba2").Config(head_dim=head_dim)),) * shape.layers,
-        "rwkv7": (goose,) * shape.layers,
-        "griffin": pattern(("rra" * shape.layers)[: shape.layers], **griffin),
-    }
-    extra: dict[str, dict[str, Any]] = {
-        "mamba": {"residual_fp32": True},
-        "mamba2": {"residual_fp32": True},
-        "rwkv7": {"norm": layer_norm, "embed_norm": layer_norm, "tied": False},
-        "griffin": {"norm": small, "embed_scale": shape.d_model**0.5, "embed_std": shape.d_model**-0.5},
-    }
-    sizes: dict[str, Any] = {"vocab_size": shape.vocab_size, "d_model": shape.d_model}
-    return {name: LanguageModel.Config(**sizes, layers=layers[name], **extra[name]) for name in layers}
+    return {name: _model(name, unit, shape) for name, unit in units.items()}
+
+
+def _model(family: str, unit: families.Unit, shape: Shape) -> LanguageModel.Config:
+    layers = (unit * shape.layers)[: shape.layers]
+    return families.model(family, layers, vocab_size=shape.vocab_size, d_model=shape.d_model)
 
 
 def llama(shape: Shape) -> LanguageModel.Config:
     """A Llama of this width and depth, for transformers."""
-    layer = Layer.Config(
-        mixer=find("attention").Config(n_heads=max(1, shape.d_model // 64)),
-        mlp=SwiGLU.Config(hidden=-(-shape.d_model * 8 // 48) * 16),
-    )
-    return LanguageModel.Config(vocab_size=shape.vocab_size, d_model=shape.d_model, layers=(layer,) * shape.layers)
+    hidden = -(-shape.d_model * 8 // 48) * 16
+    return _model("llama", families.llama(n_heads=max(1, shape.d_model // 64), hidden=hidden), shape)
 
 
 def throughput(shape: Shape, against: tuple[str, ...], pace: clock.Pace) -> list[Row]:

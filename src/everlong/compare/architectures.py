@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -15,8 +15,8 @@ import torch
 
 from ..config import Config, find, mixer_names, suggest
 from ..mixers import base
-from ..models.blocks import Layer, Norm
-from ..models.channel_mix import ChannelMix
+from ..models import families
+from ..models.blocks import Layer, SwiGLU
 from ..models.lm import LanguageModel
 
 DEFAULT = ("attention", "mamba", "mamba2", "rwkv7", "griffin", "jamba")
@@ -46,94 +46,50 @@ class Shape:
 
 @dataclass(frozen=True)
 class Architecture:
-    """``unit`` makes the layers that are repeated; the width is a multiple of ``grain`` heads."""
+    """``unit`` makes the layers that are repeated; the width is a multiple of ``grain`` heads.
+
+    ``family`` says what stands around them (``models.families``).
+    """
 
     title: str
-    unit: Callable[[Shape], tuple[Layer.Config, ...]]
+    unit: Callable[[Shape], families.Unit]
     grain: float = 1.0
-    options: Callable[[Shape], dict[str, Any]] = field(default=lambda shape: {})
+    family: str = "llama"
 
 
-def _mixer(name: str, **options: Any) -> base.Config:
-    return find(name).Config(**options)
+def _llama(shape: Shape) -> families.Unit:
+    return families.llama(n_heads=shape.heads, hidden=shape.hidden(8 / 3))
 
 
-def _swiglu(shape: Shape) -> base.Config:
-    return _mixer("swiglu", hidden=shape.hidden(8 / 3))
+def _mamba2_sizes(shape: Shape) -> dict[str, int]:
+    return {"head_dim": shape.head, "d_state": min(128, 2 * shape.head)}
 
 
-def _attention(shape: Shape) -> tuple[Layer.Config, ...]:
-    return (Layer.Config(mixer=_mixer("attention", n_heads=shape.heads), mlp=_swiglu(shape)),)
+def _griffin(shape: Shape) -> families.Unit:
+    return families.griffin(n_heads=shape.heads, hidden=shape.hidden(3), window=max(16, shape.context // 4))
 
 
-def _mamba(shape: Shape) -> tuple[Layer.Config, ...]:
-    return (Layer.Config(mixer=_mixer("mamba")),)
-
-
-def _mamba2_mixer(shape: Shape) -> base.Config:
-    return _mixer("mamba2", head_dim=shape.head, d_state=min(128, 2 * shape.head))
-
-
-def _mamba2(shape: Shape) -> tuple[Layer.Config, ...]:
-    return (Layer.Config(mixer=_mamba2_mixer(shape)),)
-
-
-def _rwkv7(shape: Shape) -> tuple[Layer.Config, ...]:
-    norm = Norm.Config(style="layer")
-    mix = ChannelMix.Config(hidden=shape.hidden(4))
-    return (Layer.Config(mixer=_mixer("rwkv7", head_size=shape.head), mlp=mix, norm=norm),)
-
-
-def _griffin(shape: Shape) -> tuple[Layer.Config, ...]:
-    norm = Norm.Config(eps=1e-6)
-    mlp = _mixer("swiglu", hidden=shape.hidden(3), activation="gelu_tanh", bias=True)
-    recurrent = Layer.Config(mixer=_mixer("rg_lru", n_heads=shape.heads), mlp=mlp, norm=norm)
-    window = max(16, shape.context // 4)
-    local = _mixer("attention", n_heads=shape.heads, n_kv_heads=1, window=window, rope_fraction=0.5, out_bias=True)
-    return (recurrent, recurrent, Layer.Config(mixer=local, mlp=mlp, norm=norm))
-
-
-def _jamba(shape: Shape) -> tuple[Layer.Config, ...]:
-    mamba = Layer.Config(mixer=_mamba2_mixer(shape), mlp=_swiglu(shape))
-    mixing = Layer.Config(mixer=_mixer("attention", n_heads=shape.heads, rope_theta=None), mlp=_swiglu(shape))
-    return (mamba, mamba, mixing, mamba)
+def _jamba(shape: Shape) -> families.Unit:
+    return families.jamba(n_heads=shape.heads, hidden=shape.hidden(8 / 3), **_mamba2_sizes(shape))
 
 
 def _other(name: str) -> Architecture:
-    def unit(shape: Shape) -> tuple[Layer.Config, ...]:
-        return (Layer.Config(mixer=_mixer(name), mlp=_swiglu(shape)),)
+    def unit(shape: Shape) -> families.Unit:
+        return (Layer.Config(mixer=find(name).Config(), mlp=SwiGLU.Config(hidden=shape.hidden(8 / 3))),)
 
     title = getattr(find(name), "__name__", name)
     return Architecture(title, unit)
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "attention": Architecture("Transformer", _attention),
-    "mamba": Architecture("Mamba", _mamba, 0.25, lambda shape: {"residual_fp32": True}),
-    "mamba2": Architecture("Mamba-2", _mamba2, 0.5, lambda shape: {"residual_fp32": True}),
+    "attention": Architecture("Transformer", _llama),
+    "mamba": Architecture("Mamba", lambda shape: families.mamba(), 0.25, "mamba"),
+    "mamba2": Architecture("Mamba-2", lambda shape: families.mamba2(**_mamba2_sizes(shape)), 0.5, "mamba2"),
     "rwkv7": Architecture(
-        "RWKV-7",
-        _rwkv7,
-        1.0,
-        lambda shape: {
-            "norm": Norm.Config(style="layer"),
-            "embed_norm": Norm.Config(style="layer"),
-            "tied": False,
-            "embed_std": 1e-4,
-        },
+        "RWKV-7", lambda shape: families.rwkv7(head_size=shape.head, hidden=shape.hidden(4)), 1.0, "rwkv7"
     ),
-    "griffin": Architecture(
-        "Griffin",
-        _griffin,
-        1.0,
-        lambda shape: {
-            "norm": Norm.Config(eps=1e-6),
-            "embed_scale": shape.d_model**0.5,
-            "embed_std": shape.d_model**-0.5,
-            "logit_cap": 30.0,
-        },
-    ),
-    "jamba": Architecture("Jamba (Mamba-2 + attention)", _jamba),
+    "griffin": Architecture("Griffin", _griffin, 1.0, "griffin"),
+    "jamba": Architecture("Jamba (Mamba-2 + attention)", _jamba, 1.0, "jamba"),
 }
 
 
@@ -159,9 +115,8 @@ class Sized(NamedTuple):
 def make(name: str, shape: Shape, repeats: int, vocab_size: int = 256) -> LanguageModel.Config:
     """The model of an architecture at a shape, its unit of layers ``repeats`` times."""
     chosen = architecture(name)
-    return LanguageModel.Config(
-        vocab_size=vocab_size, d_model=shape.d_model, layers=chosen.unit(shape) * repeats, **chosen.options(shape)
-    )
+    layers = chosen.unit(shape) * repeats
+    return families.model(chosen.family, layers, vocab_size=vocab_size, d_model=shape.d_model)
 
 
 def count(cfg: LanguageModel.Config) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from typing import Any, NamedTuple
@@ -12,7 +13,6 @@ from torch import Tensor
 from .. import state as states
 from ..models.decode import Decoder
 from ..models.lm import LanguageModel
-from ..report.table import state_bytes
 
 STATE_LENGTHS = tuple(2**power for power in range(10, 21))  # 1K to 1M tokens
 WARM_UP = 3  # decoded tokens that are not timed: the first may copy a cache into a longer buffer
@@ -20,19 +20,20 @@ WARM_UP = 3  # decoded tokens that are not timed: the first may copy a cache int
 
 def computed_bytes(model: LanguageModel) -> list[list[int]]:
     """``[tokens, bytes]`` of one row's state from 1K to 1M tokens, from the shapes of its leaves alone."""
-    return [[length, state_bytes(model, length)] for length in STATE_LENGTHS]
+    empty = model.init_state(1)
+    return [[length, states.nbytes_after(empty, length)] for length in STATE_LENGTHS]
 
 
 def measured_bytes(model: LanguageModel, tokens: Tensor, lengths: tuple[int, ...]) -> list[list[int]]:
     """``[tokens, bytes]`` of real states after reading ``lengths`` (ascending) of ``tokens [1 T]``, as one stream.
 
-    ``RuntimeError`` where a state is not as large as ``state_bytes`` computes: then its declarations are wrong.
+    ``RuntimeError`` where a state is not as large as ``nbytes_after`` computes: then its declarations are wrong.
     """
     state, read, found = None, 0, []
     for length in lengths:
         _, state = model.read(_cycled(tokens, length)[:, read:], state)
         read, held = length, states.nbytes(state)
-        if held != (wanted := state_bytes(model, length)):
+        if held != (wanted := states.nbytes_after(model.init_state(1), length)):
             raise RuntimeError(
                 f"the state holds {held:,} bytes after {length:,} tokens, but {wanted:,} were computed from its "
                 "shapes; a leaf that grows must be declared with state.growing(...)"
@@ -47,10 +48,22 @@ def _cycled(tokens: Tensor, length: int) -> Tensor:
 
 
 class Speed(NamedTuple):
-    """``prefill`` [[length, tokens/s]] and ``decode`` [{"context", "p50_ms", "p99_ms"}]."""
+    """``prefill`` [[length, tokens/s]], ``decode`` [{"context", "p50_ms", "p99_ms"}], and the ``engine`` of decoding.
+
+    ``engine``: {"in_python", "blocks"}, how many blocks run in Python and of how many. ``load``: of the machine in the
+    minute before, in processes; None where the system does not tell.
+    """
 
     prefill: list[list[float]]
     decode: list[dict[str, Any]]
+    engine: dict[str, int]
+    load: float | None
+
+
+def engine(decoder: Decoder) -> tuple[int, int]:
+    """How many blocks of a model a decoder runs in Python, and how many blocks there are."""
+    blocks = sum(1 if layer.mlp is None else 2 for layer in decoder.model.cfg.layers)
+    return (blocks if decoder.reason is not None else len(decoder.explain())), blocks
 
 
 def speed(model: LanguageModel, tokens: Tensor, lengths: tuple[int, ...], *, seconds: float, steps: int) -> Speed:
@@ -60,6 +73,7 @@ def speed(model: LanguageModel, tokens: Tensor, lengths: tuple[int, ...], *, sec
     A length above 1K that would take more than 4 times ``seconds`` (by the last one's speed) is left out. Decoding
     times ``steps`` tokens (fewer if ``seconds`` are over, 20 at least), one by one, on the state that was read.
     """
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     prefill: list[list[float]] = []
     decode: list[dict[str, Any]] = []
     model.read(_cycled(tokens, lengths[0]))
@@ -70,7 +84,8 @@ def speed(model: LanguageModel, tokens: Tensor, lengths: tuple[int, ...], *, sec
         prefill.append([length, rate])
         if length >= 1024:
             decode.append({"context": length, **_decode(model, tokens, state, seconds, steps)})
-    return Speed(prefill, decode)
+    in_python, blocks = engine(Decoder(model))
+    return Speed(prefill, decode, {"in_python": in_python, "blocks": blocks}, load)
 
 
 def _prefill(model: LanguageModel, prompt: Tensor, seconds: float) -> tuple[float, Any]:

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections import deque
 from collections.abc import Callable
@@ -124,24 +123,35 @@ def _buckets(values: Tensor) -> list[tuple[int, float]]:
     ]
 
 
-class _Learnt(Exception):
+class _Enough(Exception):
     """Nothing is left to learn."""
 
 
-def learn(trainer: Trainer, enough: float, on_step: Callable[[Progress], Any]) -> int:
-    """Train to the end, or until the mean loss of 100 steps is below ``enough``; the tokens it took."""
+class Learnt(NamedTuple):
+    """The tokens it took, and whether nothing was left to learn when training ended."""
+
+    tokens: int
+    finished: bool
+
+
+def learn(trainer: Trainer, enough: float, on_step: Callable[[Progress], Any]) -> Learnt:
+    """Train to the end, or until the mean loss of 100 steps is below ``enough``."""
     latest: deque[float] = deque(maxlen=100)
 
     def watch(progress: Progress) -> None:
         on_step(progress)
         latest.append(progress.loss)
         if len(latest) == latest.maxlen and sum(latest) < enough * len(latest):
-            raise _Learnt
+            raise _Enough
 
-    with contextlib.suppress(_Learnt):
+    finished = True
+    try:
         trainer.run(watch)
+        finished = False
+    except _Enough:
+        pass
     trainer.model.eval()
-    return trainer.curve[-1].tokens
+    return Learnt(trainer.curve[-1].tokens, finished)
 
 
 def recall_accuracy(model: LanguageModel, task: MQAR.Config, sequences: int, seed: int) -> float:

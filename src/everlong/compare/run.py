@@ -21,7 +21,7 @@ from ..machine import machine
 from ..models.generate import Sampling, generate
 from ..models.lm import LanguageModel
 from ..report.html import write_report
-from ..report.terminal import Board, summary
+from ..report.terminal import STATE_AT, Board, summary
 from ..tokenizer import ByteTokenizer
 from ..train.checkpoint import FILE, differences
 from ..train.data import Corpus, default_paths
@@ -158,7 +158,7 @@ class Comparison:
             "train": model.get("training", {}).get("tokens_per_second"),
             "held_out": text.get("bits_per_byte"),
             "recall": _mean([right for _, right in model.get("recall", {}).get("pairs", [])]),
-            "state": dict(model.get("state_bytes", {}).get("computed", [])).get(2**17),
+            "state": dict(model.get("state_bytes", {}).get("computed", [])).get(STATE_AT),
             "prefill": speed[-1][1] if speed else None,
             "decode": decode[-1]["p50_ms"] if decode else None,
         }
@@ -231,12 +231,13 @@ class Comparison:
         shape = sized(name, cfg.params, vocab_size=cfg.vocab_size, context=4 * max(cfg.tests))
         model = cfg.model(shape).build()
         watch = self._watch(name, "recall")
-        tokens = measure.learn(Trainer(model, cfg.task().build(), cfg.training(seed)), cfg.enough, watch)
+        learnt = measure.learn(Trainer(model, cfg.task().build(), cfg.training(seed)), cfg.enough, watch)
         self._store(
             name,
             recall={
                 "chance": measure.chance(cfg.task()),
-                "train_tokens": tokens,
+                "train_tokens": learnt.tokens,
+                "finished": learnt.finished,
                 "train_pairs": max(cfg.pairs),
                 "pairs": [[n, measure.recall_accuracy(model, cfg.test(n), cfg.sequences, seed)] for n in cfg.tests],
             },
@@ -252,7 +253,7 @@ class Comparison:
         if model := self._begin(name, "measuring", "decode"):
             cfg = self.settings
             found = cost.speed(model, self._prompt(), cfg.lengths, seconds=cfg.seconds, steps=cfg.decode_steps)
-            self._store(name, prefill=found.prefill, decode=found.decode)
+            self._store(name, **found._asdict())
 
     def _prompt(self) -> torch.Tensor:
         """Held-out text [1 T]."""

@@ -92,7 +92,7 @@ class Settings(config.Config):
 
 
 def quick() -> Settings:
-    """A run of one to two minutes: it shows that everything works and the rough order, no more."""
+    """A short run: it shows that everything works and the rough order, no more."""
     return Settings(
         params=150_000,
         tokens=120_000,

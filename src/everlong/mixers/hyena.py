@@ -158,7 +158,7 @@ class Hyena(base.Mixer):
         return self.out_proj(gates[0] * v), self.State(conv=conv, histories=tuple(histories))
 
     def step_(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """``step`` with a ``Desk`` that travels on the state: nothing is copied or filtered anew but when it grows.
+        """``step`` with a ``Desk`` (its buffers) attached to the state: they are copied and filtered anew only to grow.
 
         The desk is lost, and made again, when the state is gathered, stacked or saved. Don't change the weights between
         two calls of one chain.

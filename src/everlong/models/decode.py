@@ -1,4 +1,4 @@
-"""Decoding without Python in the way: a model's ``step``, recorded once, replayed as a native program.
+"""Decoding by a native program: a model's ``step`` is recorded once and replayed for every token.
 
 ``Decoder(model, batch)`` owns a state and writes it in place. Its definition is ``model.step``; a test holds it to that
 for every mixer. Blocks with an operation that has no native form run through their own ``step_``, in between.

@@ -1,64 +1,37 @@
 """Architectures at their published sizes. ``preset(name)`` gives the configuration; weights are loaded or trained.
 
-Sources: state-spaces/mamba (Mamba, Mamba-2), BlinkDL/RWKV-LM (RWKV-7 "World"), google-deepmind/recurrentgemma.
+The recipes are those of ``families``; here are the sizes.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any
 
-from ..config import find, suggest
-from .blocks import Layer, Norm, SwiGLU, pattern
-from .channel_mix import ChannelMix
+from ..config import suggest
+from . import families
 from .lm import LanguageModel
 
 Config = LanguageModel.Config
 
 
-def _mixer(name: str, **options: Any) -> Any:
-    return find(name).Config(**options)
-
-
 def _mamba(name: str, vocab_size: int, layers: int, d_model: int) -> Config:
-    layer = Layer.Config(mixer=_mixer(name))
-    return Config(vocab_size=vocab_size, d_model=d_model, layers=(layer,) * layers, residual_fp32=True)
+    unit = families.mamba() if name == "mamba" else families.mamba2()
+    return families.model(name, unit * layers, vocab_size=vocab_size, d_model=d_model)
 
 
 def _rwkv7(layers: int, d_model: int, *ranks: int) -> Config:
     decay, rate, value, gate = ranks
-    norm = Norm.Config(style="layer")
-    mixer = _mixer("rwkv7", decay_rank=decay, rate_rank=rate, value_rank=value, gate_rank=gate)
-    layer = Layer.Config(mixer=mixer, mlp=ChannelMix.Config(), norm=norm)
-    return Config(
-        vocab_size=65536,
-        d_model=d_model,
-        layers=(layer,) * layers,
-        norm=norm,
-        embed_norm=norm,
-        tied=False,
-        embed_std=1e-4,
-    )
+    unit = families.rwkv7(decay_rank=decay, rate_rank=rate, value_rank=value, gate_rank=gate)
+    return families.model("rwkv7", unit * layers, vocab_size=65536, d_model=d_model)
 
 
 def _recurrent_gemma() -> Config:
-    width, norm = 2560, Norm.Config(eps=1e-6)
-    mlp = SwiGLU.Config(hidden=3 * width, activation="gelu_tanh", bias=True)
-    local = _mixer("attention", n_heads=10, n_kv_heads=1, head_dim=256, window=2049, rope_fraction=0.5, out_bias=True)
-    layers = pattern(
-        "rra" * 8 + "rr",
-        r=Layer.Config(mixer=_mixer("rg_lru", n_heads=10), mlp=mlp, norm=norm),
-        a=Layer.Config(mixer=local, mlp=mlp, norm=norm),
-    )
-    return Config(
-        vocab_size=256000, d_model=width, layers=layers, norm=norm, embed_scale=math.sqrt(width), logit_cap=30.0
-    )
+    unit = families.griffin(n_heads=10, hidden=3 * 2560, window=2049, head_dim=256)
+    return families.model("griffin", (unit * 9)[:26], vocab_size=256000, d_model=2560)
 
 
 def _llama() -> Config:
-    layer = Layer.Config(mixer=_mixer("attention", n_heads=12), mlp=SwiGLU.Config(hidden=2048))
-    return Config(vocab_size=50280, d_model=768, layers=(layer,) * 12)
+    return families.model("llama", families.llama(n_heads=12, hidden=2048) * 12, vocab_size=50280, d_model=768)
 
 
 PRESETS: dict[str, Callable[[], Config]] = {

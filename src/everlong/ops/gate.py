@@ -63,7 +63,7 @@ TABLE = (
 def gate(x: Tensor, z: Tensor, *, activation: str = "silu", backend: str | None = None) -> Tensor:
     """``x * act(z)`` in the dtype of z; x and z [...] of one shape.
 
-    ``ValueError`` for shapes that differ and activations that there are not.
+    ``ValueError`` for shapes that differ and unknown activations.
     """
     if x.shape != z.shape:
         raise ValueError(f"x has shape {list(x.shape)} and z {list(z.shape)}, expected the same")

@@ -59,7 +59,7 @@ def gated_norm(
     """RMS norm over the last axis, with a gate before or behind it (see the module for the equations).
 
     x, z [... D], weight [D] or, for x [... H D], [H D]; ``first`` "gate" or "norm". Returns y like x, in the dtype of
-    weight (of x without one). ``ValueError`` for shapes that do not fit and orders that there are not.
+    weight (of x without one). ``ValueError`` for shapes that do not fit and unknown orders.
     """
     if x.shape != z.shape:
         raise ValueError(f"x has shape {list(x.shape)} and z {list(z.shape)}, expected the same")

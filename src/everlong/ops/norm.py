@@ -68,7 +68,7 @@ def norm(
     """RMS or layer norm over the last axis (see the module for the equations).
 
     x [... D], weight and bias [D] or, for x [... H D], [H D]; ``style`` "rms" or "layer". Returns y like x, in the
-    dtype of weight (of x without one). ``ValueError`` for shapes that do not fit and styles that there are not.
+    dtype of weight (of x without one). ``ValueError`` for shapes that do not fit and unknown styles.
     """
     check_weights(x, weight, bias)
     if style not in STYLES:

@@ -180,7 +180,7 @@ def short_conv(
 
     x [B T C], weight [C W], bias [C], ``activation`` None or "silu", state [B W-1 C] (the last W-1 inputs),
     starts bool [B T]. Returns y [B T C] in the dtype of x, and the state. ``ValueError`` for shapes that do not fit
-    and activations that there are not.
+    and unknown activations.
     """
     batch, time, channels, width = dims("x B T C, weight C W, bias C", x, weight, bias)
     check_starts(starts, batch, time)

@@ -1,4 +1,4 @@
-"""``everlong bench`` for people: progress while it runs, then tables, claims and the page."""
+"""``everlong bench`` for people: progress while it runs, then tables and the page."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Watching:
 
 
 def show(results: Results, console: Console) -> None:
-    """Print limits, tables and claims."""
+    """Print limits, tables and, where they were asked for, goals."""
     told = ", ".join(f"{limit['name'].lower()} {limit['value']}" for limit in limits(results))
     console.print(Text(f"\nThis machine, {results['machine']['threads']} threads: {told}"), soft_wrap=True)
     for table in tables(results):

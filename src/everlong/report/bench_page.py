@@ -1,4 +1,4 @@
-"""The page of a bench: claims, limits, plots, tables; one HTML file that opens offline."""
+"""The page of a bench: goals, limits, plots, tables; one HTML file that opens offline."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def render(results: Results) -> str:
 
 
 def headline(results: Results) -> str:
-    """How much was timed, how many claims hold, and what did not match."""
+    """How much was timed, how many goals hold, and what did not match."""
     counted: dict[str, int] = {}
     for row in results["rows"]:
         counted[row["status"]] = counted.get(row["status"], 0) + 1
     told = [f"{counted.get('timed', 0):,} rows timed"]
     if results["lines"]:
-        told.append(f"{sum(line['holds'] for line in results['lines'])} of {len(results['lines'])} claims hold")
+        told.append(f"{sum(line['holds'] for line in results['lines'])} of {len(results['lines'])} goals hold")
     if wrong := counted.get("mismatch", 0):
         told.append(f"{wrong} not timed because {'it does' if wrong == 1 else 'they do'} not match the reference")
     return "; ".join(told) + "."

@@ -4,14 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .measures import MEASURES, Model, Results, entry, listing, models, number, points, titles, undertrained
+from .measures import (
+    MEASURES,
+    Model,
+    Results,
+    decode_points,
+    entry,
+    listing,
+    models,
+    number,
+    points,
+    title,
+    titles,
+    undertrained,
+)
 
+CROWDED, ABSURD = 1.25, 5.0  # load per core, and P99 per median, above which something else was running
 _NOISY = ("bits per byte", "", "recall", "speed and memory")  # what the thresholds of the first measures stand for
 
 
 def caveats(results: Results) -> list[str]:
     """What such a small run cannot show, with this run's own figures."""
-    told = [_tiny(results), _luck(results), _task(results), _hardware(results), _scale()]
+    told = [
+        *filter(None, [busy(results)]),
+        _tiny(results),
+        _luck(results),
+        _task(results),
+        _hardware(results),
+        _scale(),
+    ]
     if gone := sorted(titles(results)[name] for name in undertrained(results)):
         told.insert(0, f"The training of {listing(gone)} was cut short; its text quality is not ranked.")
     pending = [model for model in models(results) if model.get("status", "complete") != "complete"]
@@ -27,6 +48,25 @@ def _unfinished(pending: Sequence[Model], results: Results) -> str:
         f"These results are partial{who}: a verdict may change when the run is finished; run the same command again "
         "to go on."
     )
+
+
+def busy(results: Results) -> str:
+    """A sentence where the speeds were taken on a busy machine, by its load or by latencies far above their median."""
+    signs, cores = [], number((results.get("machine") or {}).get("cores"))
+    loads = [load for model in models(results) if (load := number(model.get("load"))) is not None]
+    if cores and max(loads, default=0.0) > CROWDED * cores:
+        signs.append(f"a load of {max(loads):.1f} on {cores:.0f} cores")
+    tails = [
+        (slow / dict(row)[at], title(model))
+        for model in models(results)
+        if (row := [pair for pair in decode_points(model) if pair[1] > 0])
+        for at, slow in decode_points(model, "p99_ms")
+        if at in dict(row)
+    ]
+    worst, who = max(tails, default=(0.0, ""))
+    if worst > ABSURD:
+        signs.append(f"one token in a hundred took {who} {worst:,.0f} times the median or more")
+    return f"The machine was busy with other work ({'; '.join(signs)}): the speeds say little." if signs else ""
 
 
 def _tiny(results: Results) -> str:
@@ -52,8 +92,9 @@ def _span(values: Sequence[float], digits: int) -> str:
 def _luck(results: Results) -> str:
     noise = "; ".join(f"{m.noise()} for {what}" for m, what in zip(MEASURES[:4], _NOISY, strict=True) if what)
     return (
-        f"One seed was trained per model, with one learning rate for all. Differences are called ties within {noise}; "
-        "these thresholds are judgement, not measured variation between seeds."
+        "One seed was trained per model, with one learning rate and one number of steps for all, not searched for "
+        f"each. Differences are called ties within {noise}; these thresholds are judgement, not measured variation "
+        "between seeds."
     )
 
 

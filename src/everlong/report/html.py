@@ -147,7 +147,7 @@ def _heading(results: Results) -> str:
     if not count:
         return "Nothing compared yet"
     word = _WORDS[count] if count < len(_WORDS) else str(count)
-    return f"{word} architecture{'s' if count != 1 else ''}, one text, equal terms"
+    return f"{word} architecture{'s' if count != 1 else ''}, one text, one recipe"
 
 
 def facts(results: Results) -> list[str]:
@@ -228,7 +228,7 @@ def _rows(results: Results) -> list[dict[str, Any]]:
         name, params = model["name"], number(model.get("params"))
         cells = [{"text": f"{params / 1e6:.2f} M" if params else "–", "value": params, "mark": ""}]
         for (measure, reading), mark in zip(readings, marks, strict=True):
-            value = reading.values.get(name)
+            value = reading.shown(name)
             shown = "–" if value is None else measure.show(value)
             cells.append({"text": shown, "value": value, "mark": mark.get(name, "")})
         rows.append({"model": _introduce(model), "cells": cells})
@@ -236,11 +236,15 @@ def _rows(results: Results) -> list[dict[str, Any]]:
 
 
 def _marks(measure: Measure, reading: Reading) -> dict[str, str]:
-    """``best`` for the best of a column, ``near`` for those within noise of it; nothing for one model alone."""
+    """``best`` for the best of a column, ``near`` for those within noise of it; nothing for one model alone.
+
+    ``aside`` for those that cannot be compared.
+    """
+    aside = dict.fromkeys(reading.aside, "aside")
     if len(reading.values) < 2:
-        return {}
+        return aside
     places = first_places(measure, reading)
-    return {name: "best" if i == 0 else "near" for i, name in enumerate(places)}
+    return {name: "best" if i == 0 else "near" for i, name in enumerate(places)} | aside
 
 
 def _samples(results: Results) -> list[dict[str, Any]]:

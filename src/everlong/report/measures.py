@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 Results = dict[str, Any]
@@ -57,6 +57,34 @@ def decode_points(model: Model, key: str = "p50_ms") -> list[Point]:
 def entry(model: Model, block: str, key: str) -> float | None:
     """One number of a block, None where either is missing."""
     return number((model.get(block) or {}).get(key))
+
+
+def engine(model: Model) -> str | None:
+    """What decoded: ``native``, ``python``, ``mixed`` (some blocks in Python), or None where it was not recorded."""
+    python, blocks = entry(model, "engine", "in_python"), entry(model, "engine", "blocks")
+    if python is None or not blocks:
+        return None
+    return "native" if python == 0 else "python" if python >= blocks else "mixed"
+
+
+def engine_in_words(model: Model) -> str:
+    """``"with 2 of 4 blocks in Python"``."""
+    if engine(model) is None:
+        return "on an engine that was not recorded"
+    python, blocks = entry(model, "engine", "in_python"), entry(model, "engine", "blocks")
+    return f"with {python or 0:.0f} of {blocks or 0:.0f} blocks in Python"
+
+
+def one_engine(results: Results) -> set[str]:
+    """Names of the models whose decoding may be compared: native programs, or Python where none is native."""
+    kinds = {model["name"]: engine(model) for model in models(results) if decode_points(model)}
+    wanted = "native" if "native" in kinds.values() else "python"
+    return {name for name, kind in kinds.items() if kind == wanted}
+
+
+def finished(model: Model) -> bool:
+    """Whether recall was learnt as far as it can be, rather than cut off at the end of its tokens."""
+    return (model.get("recall") or {}).get("finished") is True
 
 
 def undertrained(results: Results) -> set[str]:
@@ -116,11 +144,26 @@ def milliseconds(value: float) -> str:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a measure gives: a value per model, the length it was read at, and who had to be left out."""
+    """What a measure gives: a value per model, the length it was read at, and who had to be left out.
+
+    ``aside`` holds what was measured and may be shown, but not compared with ``values``; ``why`` says it in words.
+    """
 
     values: dict[str, float] = field(default_factory=dict)
     at: float | None = None
     excluded: frozenset[str] = frozenset()
+    aside: dict[str, float] = field(default_factory=dict)
+    why: dict[str, str] = field(default_factory=dict)
+
+    def shown(self, name: str) -> float | None:
+        """The value of a model, compared or not."""
+        return self.values.get(name, self.aside.get(name))
+
+    def part(self, comparable: set[str], why: dict[str, str]) -> Reading:
+        """The same with all but ``comparable`` put aside."""
+        aside = {name: value for name, value in self.values.items() if name not in comparable}
+        kept = {name: value for name, value in self.values.items() if name in comparable}
+        return replace(self, values=kept, aside=aside, why={name: why[name] for name in aside})
 
 
 @dataclass(frozen=True)
@@ -196,7 +239,10 @@ def _recall(results: Results) -> Reading:
     common = shared(rows.values())
     if not common:
         return Reading()
-    return Reading({n: sum(dict(row)[x] for x in common) / len(common) for n, row in rows.items() if row}, common[-1])
+    means = {n: sum(dict(row)[x] for x in common) / len(common) for n, row in rows.items() if row}
+    spent = {model["name"]: entry(model, "recall", "train_tokens") for model in models(results)}
+    why = {name: f"after {spent[name]:,.0f} tokens" if spent[name] else "" for name in means}
+    return Reading(means, common[-1]).part({m["name"] for m in models(results) if finished(m)}, why)
 
 
 def _memory(results: Results) -> Reading:
@@ -209,15 +255,16 @@ def _prefill(results: Results) -> Reading:
 
 
 def _decode(results: Results) -> Reading:
-    return _at_shared(results, {model["name"]: decode_points(model) for model in models(results)}, math.inf)
+    found = _at_shared(results, {model["name"]: decode_points(model) for model in models(results)}, math.inf)
+    return found.part(one_engine(results), {model["name"]: engine_in_words(model) for model in models(results)})
 
 
 _train = _entries("training", "tokens_per_second")
-_BPB, _SPEED = "bits per byte", "tokens/s"
+_BPB, _ENDS, _SPEED = "bits per byte", "bits per byte of the ends", "tokens/s"
 
 MEASURES: tuple[Measure, ...] = (
     Measure("text", "Best text quality", "Bits per byte", _BPB, True, 0.02, _text, bits),
-    Measure("beyond", "Text beyond the training length", "Bits per byte, long", _BPB, True, 0.02, _beyond, bits),
+    Measure("beyond", "Text beyond the training length", "Bits per byte of the ends", _ENDS, True, 0.02, _beyond, bits),
     Measure("recall", "Recall of facts from the context", "Recall", "", False, 0.05, _recall, percent, absolute=True),
     Measure("memory", "Smallest memory per session", "State", "", True, 0.10, _memory, size),
     Measure("prefill", "Fastest reading of a prompt", "Prefill, tokens/s", _SPEED, False, 0.10, _prefill, comma),

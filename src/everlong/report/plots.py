@@ -17,7 +17,11 @@ from .measures import (
     bits,
     comma,
     decode_points,
+    engine,
+    engine_in_words,
     entry,
+    finished,
+    listing,
     milliseconds,
     models,
     number,
@@ -195,14 +199,14 @@ def _by_length(results: Results) -> Figure | None:
     context = number((results.get("settings") or {}).get("context")) or min(_all_x(rows))
     told = (
         f"Held-out text in pieces of 1 to {max(_all_x(rows)) / context:g} times the {context:,.0f} tokens trained on; "
-        "lower is better. A rising curve belongs to a model that loses its footing beyond that length."
+        "lower is better. Only the ends count, the same bytes for every length, so these are other figures than those "
+        "over all held-out text. A rising curve belongs to a model that loses its footing beyond that length."
     )
-    figure = _plot(
-        "length", "Beyond the training length", told, rows, bits, "bits per byte", "length of the text, tokens"
-    )
+    unit, head = "bits per byte of the ends", "length of the text, tokens"
+    figure = _plot("length", "Beyond the training length", told, rows, bits, unit, head)
     figure["x"] = line_axis("length of the text, tokens", _all_x(rows), show=lambda x: f"{short(x)} ({x / context:g}×)")
     if _wide(_all_y(rows)):
-        figure["y"] = upright("bits per byte", _all_y(rows), lambda y: f"{y:g}")
+        figure["y"] = upright(unit, _all_y(rows), lambda y: f"{y:g}")
     return figure
 
 
@@ -217,6 +221,8 @@ def _recall(results: Results) -> Figure | None:
     trained = max((entry(model, "recall", "train_pairs") or 0 for model, _ in rows), default=0)
     if trained:
         told += f" Training had up to {trained:,.0f} pairs."
+    if unfinished := [title(model) for model, _ in rows if not finished(model)]:
+        told += f" Not finished with learning when the training ended: {listing(unfinished)}."
     figure = _plot("recall", "Recall from the context", told, rows, percent, "", "pairs in the context")
     figure["x"] = line_axis("pairs in the context", _all_x(rows), show=short)
     figure["y"] = {"title": "answers right", "range": [-0.03, 1.03], "percent": True}
@@ -265,6 +271,8 @@ def _decode(results: Results) -> Figure | None:
         "Time for one more token, by how much was read before; lower is better. The line is the median, the band "
         "reaches to the slowest one in a hundred (P99)."
     )
+    if apart := [f"{title(model)} {engine_in_words(model)}" for model, _ in rows if engine(model) != "native"]:
+        told += f" Lines that hold the cost of Python: {'; '.join(apart)}."
     figure = _plot("decode", "Decoding", told, rows, milliseconds, "ms per token", "tokens in the context")
     slow = _rows(results, lambda model: decode_points(model, "p99_ms"))
     bands = {model["name"]: dict(row) for model, row in slow}

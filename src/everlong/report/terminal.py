@@ -17,6 +17,7 @@ from rich.text import Text
 
 from everlong.config import suggest
 
+from .caveats import busy
 from .measures import MEASURES, Results, bits, comma, milliseconds, models, number, percent, size, title
 from .verdict import first_places, verdict
 
@@ -31,13 +32,14 @@ class Column:
     plain: str  # the words after the value in a plain line
 
 
+STATE_AT = 2**17  # the length whose state the live table shows
 COLUMNS: tuple[Column, ...] = (
     Column("params", "params", lambda count: f"{count / 1e6:.2f}M", "parameters"),
     Column("train", "train\ntok/s", comma, "tokens/s trained"),
     Column("loss", "bpb\nnow", bits, "bits per byte now"),
     Column("held_out", "bpb\nheld", bits, "bits per byte held out"),
     Column("recall", "recall", percent, "recall"),
-    Column("state", "state\n100K", size, "of state at 100K tokens"),
+    Column("state", "state\n128K", size, f"of state at {STATE_AT:,} tokens"),
     Column("prefill", "prefill\ntok/s", comma, "tokens/s of prefill"),
     Column("decode", "decode\nms", milliseconds, "ms per token decoded"),
 )
@@ -150,13 +152,15 @@ def summary(results: Results, report: Path | None = None, console: Console | Non
         who = f" ({', '.join(unfinished)})" if unfinished else ""
         told = f"Partial results{who}; run the same command again to go on."
         console.print(Text(f"\n{told}", style="yellow"))
+    if told := busy(results):
+        console.print(Text(f"\n{told}", style="yellow"))
     if report is not None:
         console.print(Text(f"\nReport: {report}"), soft_wrap=True)
 
 
 _HEADS = {
     "text": "bits\nper byte",
-    "beyond": "bits\nat {}",
+    "beyond": "bits of\nends, {}",
     "recall": "recall",
     "memory": "state\nat {}",
     "prefill": "prefill\nat {}",
@@ -183,10 +187,12 @@ def _final(results: Results) -> Table:
     for model in models(results):
         cells = []
         for (measure, reading), best in zip(readings, marked, strict=True):
-            value = reading.values.get(model["name"])
-            star = "*" if model["name"] in best else " "
+            value = reading.shown(model["name"])
+            star = "*" if model["name"] in best else "†" if model["name"] in reading.aside else " "
             cells.append("· " if value is None else measure.show(value) + star)
         table.add_row(Text(title(model).split(" (")[0]), *cells)
     table.caption = "* best, or within noise of the best" if models(results) else None
+    if any(reading.aside for _, reading in readings):
+        table.caption = f"{table.caption}\n† not compared: decoded in part by Python, or had not finished learning"
     table.caption_justify = "left"
     return table

@@ -6,6 +6,7 @@ noise of that measure share the first place. The all-round verdict averages plac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,15 +19,13 @@ from .measures import (
     Reading,
     Results,
     comma,
-    decode_points,
     entry,
     listing,
-    milliseconds,
     models,
     percent,
-    points,
     titles,
 )
+from .reasons import extra
 
 __all__ = ["caveats", "first_places", "headline", "verdict"]
 
@@ -55,12 +54,15 @@ def first_places(measure: Measure, reading: Reading) -> list[str]:
 
 def _decide(measure: Measure, results: Results) -> Finding:
     reading, names = measure.read(results), titles(results)
-    if not reading.values:
-        return _finding(measure.key, measure.need, "missing", "not measured", reason=_absent(reading, names))
     if measure.key == "recall" and (refusal := _recall_unlearnt(reading, results)):
         return _finding(measure.key, measure.need, "none", "no model yet", reason=refusal)
+    if reading.aside and len(reading.values) < 2:
+        return _finding(measure.key, measure.need, "none", "no winner", reason=_nobody(measure, reading, results))
+    if not reading.values:
+        return _finding(measure.key, measure.need, "missing", "not measured", reason=_absent(reading, names))
     winners = first_places(measure, reading)
-    figure = f"{_span_of(measure, reading, winners)}{_where(measure, reading)}"
+    apart = f" ({len(reading.aside)} not compared)" if reading.aside else ""
+    figure = f"{_span_of(measure, reading, winners)}{_where(measure, reading)}{apart}"
     if len(reading.values) == 1:
         name = names[winners[0]]
         reason = " ".join(
@@ -79,8 +81,8 @@ def _compare(measure: Measure, reading: Reading, winners: Sequence[str], figure:
     names = titles(results)
     behind = [name for name in _ordered(measure, reading) if name not in winners]
     told = _tie(measure, reading, winners, names) if len(winners) > 1 else _win(measure, reading, winners[0], names)
-    parts = [told, _next(measure, reading, winners, behind, names), _extra(measure, reading, winners, results)]
-    parts.append(_left_out(reading, names))
+    parts = [told, _next(measure, reading, winners, behind, names), extra(measure, reading, winners, results)]
+    parts += [_aside(measure, reading, names), _left_out(reading, names)]
     kind, head = ("tie", f"a tie: {_named(winners, names)}") if len(winners) > 1 else ("win", names[winners[0]])
     second = ""
     if behind:
@@ -97,6 +99,26 @@ def _compare(measure: Measure, reading: Reading, winners: Sequence[str], figure:
         reason=" ".join(part for part in parts if part),
         runner_up=next(iter(behind), None),
     )
+
+
+def _nobody(measure: Measure, reading: Reading, results: Results) -> str:
+    """What was measured where fewer than two models can be compared."""
+    names = titles(results)
+    told = [f"{names[n]}: {measure.full(value)}{_where(measure, reading)}." for n, value in reading.values.items()]
+    parts = [*told, extra(measure, reading, list(reading.values), results), _aside(measure, reading, names)]
+    return " ".join(part for part in parts if part)
+
+
+_WHY_ASIDE = {
+    "recall": "Had not finished learning, so neither win nor lose",
+    "decode": "Not compared, since these figures are in part those of Python",
+}
+
+
+def _aside(measure: Measure, reading: Reading, names: dict[str, str]) -> str:
+    """Who was measured but cannot be compared, and why."""
+    rows = [f"{names[n]} {measure.full(value)} {reading.why[n]}".strip() for n, value in reading.aside.items()]
+    return f"{_WHY_ASIDE[measure.key]}: {'; '.join(rows)}." if rows else ""
 
 
 def _span_of(measure: Measure, reading: Reading, names: Sequence[str]) -> str:
@@ -174,43 +196,9 @@ def gap(measure: Measure, value: float, best: float) -> str:
     return f"{100 * behind:.{1 if behind < 0.1 else 0}f} % {'more' if measure.low else 'slower'}"
 
 
-def _extra(measure: Measure, reading: Reading, winners: Sequence[str], results: Results) -> str:
-    told = {"beyond": _rise, "recall": _span, "memory": _growth, "decode": _steadiness}.get(measure.key)
-    return told(reading, winners, results) if told else ""
-
-
-def _rise(reading: Reading, winners: Sequence[str], results: Results) -> str:
-    """How the loss at the longest length compares with the model's own at the shortest; who falls apart."""
-    changes = {}
-    for model in models(results):
-        row = points(model, "text", "by_length")
-        if model["name"] in reading.values and len(row) > 1:
-            changes[model["name"]] = reading.values[model["name"]] / row[0][1] - 1
-    names = titles(results)
-    told = [
-        f"{names[n]} changes by {signed(changes[n], 1)} % from its own figure at {_start(results, n)}"
-        for n in winners[:1]
-        if n in changes
-    ]
-    broken = [f"{names[name]} ({signed(rise, 0)} %)" for name, rise in changes.items() if rise > 0.10]
-    if broken:
-        told.append(f"more than 10 % worse than at that length: {listing(broken)}")
-    return "; ".join(told) + "." if told else ""
-
-
-def signed(fraction: float, digits: int) -> str:
-    """A change in percent with a true minus sign."""
-    return f"{100 * fraction:+.{digits}f}".replace("-", "\u2212")
-
-
-def _start(results: Results, name: str) -> str:
-    row = next(points(model, "text", "by_length") for model in models(results) if model["name"] == name)
-    return f"{row[0][0]:,.0f} tokens"
-
-
 def _recall_unlearnt(reading: Reading, results: Results) -> str:
     """A refusal to name a winner where nobody is above chance."""
-    best, chance = max(reading.values.values()), _chance(results)
+    best, chance = max([*reading.values.values(), *reading.aside.values()], default=math.inf), _chance(results)
     if best >= chance + 0.05:
         return ""
     return (
@@ -221,46 +209,6 @@ def _recall_unlearnt(reading: Reading, results: Results) -> str:
 
 def _chance(results: Results) -> float:
     return max((entry(model, "recall", "chance") or 0.0 for model in models(results)), default=0.0)
-
-
-def _span(reading: Reading, winners: Sequence[str], results: Results) -> str:
-    """Up to how many pairs the winners answer nine questions in ten."""
-    told, names = [], titles(results)
-    for model in models(results):
-        good = [pairs for pairs, accuracy in points(model, "recall", "pairs") if accuracy >= 0.9]
-        if model["name"] in winners and good:
-            told.append(f"{names[model['name']]} answers nine in ten up to {max(good):,.0f} pairs")
-    mean = f"The figure is the mean over the numbers of pairs asked, up to {reading.at:,.0f}."
-    return f"{listing(told)}. {mean}" if told else mean
-
-
-def _growth(reading: Reading, winners: Sequence[str], results: Results) -> str:
-    """Which of the winners stay at this size, and which grow."""
-    kinds = {model["name"]: model.get("memory") for model in models(results)}
-    names = titles(results)
-    still = [names[name] for name in reading.values if kinds[name] in ("constant", "window")]
-    grown = [names[name] for name in reading.values if kinds[name] == "linear"]
-    told = [f"The state of {listing(still)} is bounded"] if still else []
-    told += [f"that of {listing(grown)} grows with every token"] if grown else []
-    text = "; ".join(told)
-    return f"{text[:1].upper()}{text[1:]}." if text else ""
-
-
-def _steadiness(reading: Reading, winners: Sequence[str], results: Results) -> str:
-    """P99 of the winner, then who keeps its latency as the context grows and who does not."""
-    names, told, at = titles(results), "", reading.at or 0.0
-    rows = {m["name"]: decode_points(m) for m in models(results) if m["name"] in reading.values}
-    slow = {m["name"]: dict(decode_points(m, "p99_ms")) for m in models(results)}
-    if at in slow[winners[0]]:
-        told = f"One token in a hundred takes {names[winners[0]]} {milliseconds(slow[winners[0]][at])} ms or more."
-    start = min(row[0][0] for row in rows.values())
-    growth = {name: dict(row)[at] / row[0][1] for name, row in rows.items() if row[0][0] == start < at and row[0][1]}
-    steady = [names[name] for name, rise in growth.items() if rise <= 1.1]
-    rising = [f"{names[name]} takes {rise:.2g} times as long" for name, rise in growth.items() if rise > 1.1]
-    if not growth:
-        return told
-    parts = [f"{listing(steady)} stay{'s' if len(steady) == 1 else ''} within 10 %"] if steady else []
-    return f"{told} From {start:,.0f} to {at:,.0f} tokens of context, {'; '.join([*parts, *rising])}.".strip()
 
 
 def _left_out(reading: Reading, names: dict[str, str]) -> str:
@@ -280,8 +228,9 @@ def _places(measure: Measure, reading: Reading) -> dict[str, float]:
 
 
 def _half(keys: Sequence[str], readings: dict[str, Reading]) -> dict[str, float]:
-    """Mean place over the measured needs among ``keys``, for models measured in all of them."""
-    tables = [_places(m, readings[m.key]) for m in MEASURES if m.key in keys and readings[m.key].values]
+    """Mean place over the needs among ``keys`` in which all can be compared, for models measured in all of them."""
+    fair = [m for m in MEASURES if m.key in keys and readings[m.key].values and not readings[m.key].aside]
+    tables = [_places(m, readings[m.key]) for m in fair]
     if not tables:
         return {}
     everywhere = set.intersection(*(set(table) for table in tables))
@@ -308,7 +257,7 @@ def _all_round(results: Results) -> Finding:
         winners=winners,
         figure=f"average place {places[order[0]]:.1f} of {len(places)}",
         behind=f"Next: {names[behind[0]]}, {places[behind[0]]:.1f}" if behind else "",
-        reason=_weighed(order, places, quality, cost, names),
+        reason=_weighed(order, places, quality, cost, names) + _uncounted(readings),
         runner_up=next(iter(behind), None),
     )
 
@@ -325,6 +274,12 @@ def _weighed(
         f"Average place, quality and cost counting half each: {'; '.join(rows)}. "
         f"Within {ALL_ROUND_TIE} places is a tie. Your weights may differ: choose by the need that binds you."
     )
+
+
+def _uncounted(readings: dict[str, Reading]) -> str:
+    """The needs that could not count, since not all models can be compared in them."""
+    left = [measure.need.lower() for measure in MEASURES if readings[measure.key].aside]
+    return f" Not counted, since not all models can be compared: {listing(left)}." if left else ""
 
 
 def headline(results: Results) -> str:

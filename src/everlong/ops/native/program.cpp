@@ -46,7 +46,7 @@ struct Share {
   int64_t end(int64_t n) const { return n * (id + 1) / count; }
 };
 
-// Sense-reversing barrier; gives the core away where the others are long in coming. Who waits does `meanwhile`.
+// Sense-reversing barrier; gives the core away where the others take long. A thread that waits does `meanwhile`.
 struct Barrier {
   std::atomic<int64_t> waiting{0}, round{0};
   template <class F>
