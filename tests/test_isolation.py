@@ -179,6 +179,25 @@ def test_documents_that_overflow_together_only():
     assert torch.equal(final, last)
 
 
+def test_a_broken_gradient_of_the_final_state():
+    """It reaches the last document of its row, beside a finite one of the output; another backward pass is clean."""
+    x, weight, state = torch.randn(2, 40, 8).requires_grad_(), torch.randn(8, 4), torch.randn(2, 3, 8).requires_grad_()
+    starts = torch.zeros(2, 40, dtype=torch.bool)
+    starts[0, 20] = True
+    y, final = op_of("short_conv")(x, weight=weight, state=state, starts=starts)
+    grads = []
+    for value in (1.0, NAN, 1.0):
+        arrives = torch.ones_like(final)
+        arrives[0, 1, 2] = value
+        grads.append(torch.autograd.grad((y, final), (x, state), (torch.ones_like(y), arrives), retain_graph=True))
+    (clean, clean_state), (broken, broken_state), again = grads
+    assert torch.equal(again[0], clean) and torch.equal(again[1], clean_state)
+    assert bool(broken[0, 20:].isnan().all()) and torch.equal(broken_state, clean_state)
+    assert torch.equal(broken[0, :20], clean[0, :20]) and torch.equal(broken[1], clean[1])
+    (only,) = torch.autograd.grad(final, x, torch.full_like(final, NAN), retain_graph=True)
+    assert bool(only[0, 20:].isnan().all()) and bool(only[1].isnan().all()) and bool(only[0, :20].isfinite().all())
+
+
 def test_shared_parameters_do_not_hide_a_broken_gradient():
     x, weight = torch.randn(1, 40, 8), torch.randn(8, 4).requires_grad_()
     starts = torch.zeros(1, 40, dtype=torch.bool)

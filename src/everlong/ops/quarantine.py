@@ -49,7 +49,7 @@ class Fence:
 
     def __init__(self, starts: Tensor) -> None:
         self.starts = starts
-        self.broken: Tensor | None = None  # [B T], the documents whose gradient is not finite
+        self.noted: tuple[int, Tensor] | None = None  # a backward pass, and in it the documents [B T] to be NaN
 
     def enter(self, inputs: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
         """The inputs, their gradients watched."""
@@ -80,32 +80,43 @@ class Fence:
         view.register_hook(lambda grad: None if grad is None else hook(grad))  # None where it is not defined
         return view
 
+    @property
+    def _broken(self) -> Tensor | None:
+        """The documents [B T] of which something that is not finite arrived in the backward pass at work."""
+        now = torch._C._current_graph_task_id()
+        return self.noted[1] if self.noted is not None and self.noted[0] == now else None
+
+    def _note(self, documents: Tensor) -> None:
+        known = self._broken
+        self.noted = torch._C._current_graph_task_id(), documents if known is None else known | documents
+
     def _clean(self, grad: Tensor) -> Tensor | None:
-        self.broken = None
         if _finite(grad):
             return None
         document = self.starts.long().cumsum(1)
         bad = (~torch.isfinite(grad)).reshape(*self.starts.shape, -1).any(2)
         count = torch.zeros_like(document[:, :1]).expand(-1, document.shape[1] + 1).scatter_add(1, document, bad.long())
-        self.broken = count.gather(1, document) > 0
-        return _fill(grad, self.broken, 0.0)
+        broken = count.gather(1, document) > 0
+        self._note(broken)
+        return _fill(grad, broken, 0.0)
 
     def _clean_state(self, grad: Tensor) -> Tensor | None:
         if _finite(grad):
             return None
         rows, document = ~torch.isfinite(grad).flatten(1).all(1), self.starts.long().cumsum(1)
-        last = (document == document[:, -1:]) & rows[:, None]
-        self.broken = last if self.broken is None else self.broken | last
+        self._note((document == document[:, -1:]) & rows[:, None])
         return _fill(grad, rows, 0.0)
 
     def _spoil(self, grad: Tensor) -> Tensor | None:
-        return None if self.broken is None else _fill(grad, self.broken, float("nan"))
+        broken = self._broken
+        return None if broken is None else _fill(grad, broken, float("nan"))
 
     def _spoil_state(self, grad: Tensor) -> Tensor | None:
-        return None if self.broken is None else _fill(grad, self.broken[:, 0] & ~self.starts[:, 0], float("nan"))
+        broken = self._broken
+        return None if broken is None else _fill(grad, broken[:, 0] & ~self.starts[:, 0], float("nan"))
 
     def _spoil_shared(self, grad: Tensor) -> Tensor | None:
-        return None if self.broken is None else torch.full_like(grad, float("nan"))
+        return None if self._broken is None else torch.full_like(grad, float("nan"))
 
 
 def _may_look(x: Tensor) -> bool:
