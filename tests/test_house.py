@@ -19,7 +19,7 @@ LEVELS = [
     {"ops"},
     {"mixers"},
     {"models"},
-    {"checkpoints", "laws"},
+    {"checkpoints", "laws", "isolation"},
     {"train", "tasks", "bench"},
     {"report"},
     {"compare"},

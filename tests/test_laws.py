@@ -73,6 +73,17 @@ class IgnoresStarts(Average):
         return super().forward(x, state)
 
 
+class ResetsByMultiplying(Average):
+    def forward(self, x, state=None, *, starts=None):
+        state, outputs = self.begin(x, state, starts), []
+        for t in range(x.shape[1]):
+            if starts is not None:  # zero times NaN is NaN
+                state = self.State(memory=state.memory * ~starts[:, t, None])
+            y, state = self.step(x[:, t], state)
+            outputs.append(y)
+        return torch.stack(outputs, dim=1), state
+
+
 class ChangesItsState(Average):
     def step(self, x, state):
         y, after = super().step(x, state)
@@ -141,6 +152,7 @@ BROKEN = {
     "causality": Peeks,
     "rows": MixesRows,
     "reset": IgnoresStarts,
+    "isolation": ResetsByMultiplying,
     "value": ChangesItsState,
     "memory": Grows,
     "round trip": ForgetsItsConfig,

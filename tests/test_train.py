@@ -478,6 +478,52 @@ def test_a_diverged_run_stops_and_keeps_its_checkpoint(tmp_path, kind, what):
     assert Trainer(Breaking(), corpus(), CFG, tmp_path).resume() == 6 and len(written(tmp_path)) == 7
 
 
+class Choking(Breaking):
+    """A model that breaks on the byte z, in its loss or only in its gradient; a bigram before that."""
+
+    def loss(self, tokens, targets, *, starts=None, reduction="mean"):
+        assert reduction == "sum"
+        hit = (tokens == ord("z")).double().cumsum(1)
+        if self.kind == "loss":  # in the whole row, as a chunk would spread it
+            return self.table(tokens).square().sum() + torch.where(hit[:, -1:] > 0, math.nan, 0.0).sum()
+        sound = self.table(tokens).square().sum()
+        return sound + (self.table.weight[0, 0] * 0).abs().sqrt() if bool(hit.any()) else sound
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_diverged_run_names_document_and_token(tmp_path, kind):
+    (tmp_path / "text").mkdir()
+    texts = ["abcd" * 30, "abcd" * 20 + "z" + "abcd" * 10, "abcd" * 30]
+    for name, text in zip("abc", texts, strict=True):
+        (tmp_path / "text" / f"{name}.txt").write_text(text)
+    breaking = Choking()
+    breaking.kind = kind
+    message = r"It began in row \d of the batch at token \d+, token 81 of document 1 \(.*b\.txt\)$"
+    with pytest.raises(ValueError, match=message):
+        Trainer(breaking, Corpus.from_paths(tmp_path / "text"), CFG).run()
+
+
+def test_the_names_of_documents_follow_them(tmp_path):
+    for name in "abcdef":
+        (tmp_path / f"{name}.txt").write_text(name * 50)
+    whole = Corpus.from_paths(tmp_path)
+    for part in (*whole.split(0.3), *whole.split(0.01)):
+        assert len(part.names) == part.documents
+        for index, name in enumerate(part.names):
+            assert set(bytes(part.document(index)[1:].tolist()).decode()) == {Path(name).stem}
+
+
+def test_a_model_says_where_it_overflowed():
+    """Through kernels and chunks, whose NaN reach earlier tokens: the token is the right one."""
+    torch.manual_seed(0)
+    broken = model().cfg.replace(tied=False, embed_scale=10.0).build()
+    with torch.no_grad():
+        broken.embedding.weight[ord("z")] = 3e38
+    texts = ["ab" * 40, "ab" * 10 + "z" + "ab" * 30]
+    with pytest.raises(ValueError, match=r"token 21 of document 1$"):
+        Trainer(broken, Corpus.from_texts(texts), CFG).run()
+
+
 def test_weights_that_are_not_finite_are_named(tmp_path):
     broken = model()
     with torch.no_grad():

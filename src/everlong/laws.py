@@ -20,6 +20,7 @@ from torch import Tensor
 from . import state as states
 from .config import Config
 from .files import atomic_save_tensors, read_tensors
+from .isolation import isolation
 from .mixers import base
 from .models.blocks import Layer, SwiGLU
 from .models.decode import Decoder
@@ -348,6 +349,7 @@ LAWS: dict[str, Callable[[Subject], None]] = {
     "causality": causality,
     "rows": rows,
     "reset": reset,
+    "isolation": isolation,
     "value": value,
     "memory": memory,
     "round trip": round_trip,

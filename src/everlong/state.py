@@ -1,6 +1,6 @@
 """States are values: frozen dataclasses of tensors, registered as pytrees, batch on axis 0 of every leaf.
 
-``@state`` declares one. ``gather``, ``stack``, ``nbytes``, ``save`` and ``load`` work on any state and on
+``@state`` declares one. ``gather``, ``stack``, ``detach``, ``nbytes``, ``save`` and ``load`` work on any state and on
 tuples of states. A leaf whose length grows with the text is declared with ``growing("end")`` (new
 entries are appended at the end; padded there when rows are stacked) or ``growing("start")`` (the
 newest entry is always last, older ones are padded with zeros in front).
@@ -89,6 +89,14 @@ def batch_size(tree: Any) -> int | None:
 def map_leaves(function: Any, tree: S) -> S:
     """Apply ``function`` to every tensor of a state."""
     return rebuild(tree, iter([function(leaf) for _, leaf, _ in leaves(tree)]))
+
+
+def detach(tree: S) -> S:
+    """The same values without the graph that made them: a call that begins with them sends no gradient further back.
+
+    For training through pieces of a text (truncated backpropagation through time); memory is shared with ``tree``.
+    """
+    return map_leaves(Tensor.detach, tree)
 
 
 def gather(tree: S, rows: Tensor | Sequence[int]) -> S:

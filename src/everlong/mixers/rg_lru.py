@@ -108,7 +108,7 @@ class RGLRU(base.Mixer):
             self.linear_x(x), weight=self.conv_weight, bias=self.conv_bias, state=old.conv, starts=starts
         )
         g, driven = self._drive(values, _first(x, old.begun, starts), values)
-        h, memory = diagonal_scan(driven, g, state=old.memory)
+        h, memory = diagonal_scan(driven, g, state=old.memory, starts=starts)
         return self._finish(h, x), self.State(conv=conv, memory=memory, begun=torch.ones_like(old.begun))
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:

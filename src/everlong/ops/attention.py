@@ -304,7 +304,7 @@ def attention(
     if state is not None:
         _check(state, k, v, window)
     inputs = dict(q=q, k=k, v=v, window=window, scale=scale, state=state, starts=starts)
-    return dispatch.run(TABLE, inputs, backend)
+    return dispatch.run(TABLE, inputs, backend, SEQUENCE)
 
 
 def _check(state: Cache, k: Tensor, v: Tensor, window: int | None) -> None:

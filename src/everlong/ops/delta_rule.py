@@ -193,7 +193,7 @@ def delta_rule(
     if state is None:
         state = q.new_zeros(batch, heads, keys, values, dtype=state_dtype(q))
     dims("q B T H K, v B T H V, state B H K V", q, v, state)
-    return dispatch.run(TABLE, dict(q=q, k=k, v=v, a=a, b=b, g=g, state=state, starts=starts), backend)
+    return dispatch.run(TABLE, dict(q=q, k=k, v=v, a=a, b=b, g=g, state=state, starts=starts), backend, SEQUENCE)
 
 
 def inputs(case: Case) -> dict[str, Tensor | None]:

@@ -201,7 +201,7 @@ def diagonal_scan(
             f"state has dtype {state.dtype}, b {b.dtype} and g {g.dtype}; "
             "the state must be complex where b or g is, and real otherwise"
         )
-    return dispatch.run(TABLE, dict(b=b, g=g, state=state, starts=starts), backend)
+    return dispatch.run(TABLE, dict(b=b, g=g, state=state, starts=starts), backend, SEQUENCE)
 
 
 def inputs(case: Case) -> dict[str, Tensor | None]:

@@ -164,7 +164,7 @@ def diagonal_ssm(
             raise ValueError(f"{name} has dtype {tensor.dtype}, expected a complex one; make it with torch.complex")
     if state is None:
         state = x.new_zeros(batch, channels, size, dtype=state_dtype(x).to_complex())
-    return dispatch.run(TABLE, dict(x=x, g=g, w=w, state=state, starts=starts), backend)
+    return dispatch.run(TABLE, dict(x=x, g=g, w=w, state=state, starts=starts), backend, SEQUENCE)
 
 
 def inputs(case: Case) -> dict[str, Tensor | None]:

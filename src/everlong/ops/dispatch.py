@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..config import suggest
+from .quarantine import isolated
 
 FEW = 1 << 14  # numbers that one pass takes about as long for as a choice and a call of a kernel
 
@@ -57,11 +58,17 @@ def choose(table: tuple[Impl, ...], inputs: dict[str, Any], backend: str | None)
     raise ValueError(f"no backend {name!r} for this op{suggest(name, [row.name for row in table])}")
 
 
-def run(table: tuple[Impl, ...], inputs: dict[str, Any], backend: str | None) -> Any:
-    """Run the op of ``table`` on ``inputs`` with the chosen row, outside autocast (accumulation stays fp32)."""
+def run(table: tuple[Impl, ...], inputs: dict[str, Any], backend: str | None, sequence: tuple[str, ...] = ()) -> Any:
+    """Run the op of ``table`` on ``inputs`` with the chosen row, outside autocast (accumulation stays fp32).
+
+    An op whose inputs have ``starts`` names its ``sequence``, the inputs with a time axis: NaN and infinity then stay
+    in the document that they are in.
+    """
     device = next(x.device.type for x in inputs.values() if isinstance(x, torch.Tensor))
     with torch.autocast(device, enabled=False):
-        return choose(table, inputs, backend).run(**inputs)
+        if inputs.get("starts") is None:
+            return choose(table, inputs, backend).run(**inputs)
+        return isolated(lambda **given: choose(table, given, backend).run(**given), inputs, sequence)
 
 
 def few(x: torch.Tensor, backend: str | None) -> bool:

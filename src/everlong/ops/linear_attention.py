@@ -190,7 +190,7 @@ def linear_attention(
         state = q.new_zeros(batch, heads, keys, v.shape[-1], dtype=state_dtype(q))
     dims("q B T G K, v B T H V, state B H K V", q, v, state)
     inputs = dict(q=q, k=k, v=v, g=g, bonus=bonus, state=state, starts=starts)
-    y, state = dispatch.run(TABLE, inputs, backend)
+    y, state = dispatch.run(TABLE, inputs, backend, SEQUENCE)
     return (y if normalizer is None else y[..., :-1] / (y[..., -1:] + normalizer)), state
 
 

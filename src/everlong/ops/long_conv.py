@@ -278,7 +278,7 @@ def long_conv(
     if state is None:
         state = History(x.new_zeros(batch, 0, channels))
     dims("x B T C, state.x B S C", x, state.x)
-    return dispatch.run(TABLE, dict(x=x, kernel=kernel, state=state, starts=starts), backend)
+    return dispatch.run(TABLE, dict(x=x, kernel=kernel, state=state, starts=starts), backend, SEQUENCE)
 
 
 def inputs(case: Case) -> dict[str, Tensor]:

@@ -153,7 +153,7 @@ def lstm_scan(
     if state is None:
         state = x.new_zeros(batch, 2, width, dtype=state_dtype(x))
     dims("x B T 4 C, state B 2 C", x, state)
-    return dispatch.run(TABLE, dict(x=x, recurrent=recurrent, state=state, starts=starts), backend)
+    return dispatch.run(TABLE, dict(x=x, recurrent=recurrent, state=state, starts=starts), backend, SEQUENCE)
 
 
 def inputs(case: Case) -> dict[str, Tensor | None]:

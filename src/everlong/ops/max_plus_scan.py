@@ -71,7 +71,7 @@ def max_plus_scan(
     if state is None:
         state = x.new_zeros(batch, channels, dtype=state_dtype(x))
     dims("x B T C, state B C", x, state)
-    return dispatch.run(TABLE, dict(x=x, g=g, state=state, starts=starts), backend)
+    return dispatch.run(TABLE, dict(x=x, g=g, state=state, starts=starts), backend, SEQUENCE)
 
 
 def inputs(case: Case) -> dict[str, Tensor | None]:

@@ -326,7 +326,7 @@ def selective_scan(
         state = x.new_zeros(batch, channels, keys, dtype=state_dtype(x))
     dims("x B T C, A C K, state B C K", x, A, state)
     inputs = dict(x=x, dt=dt, B=B, C=C, A=A, D=D, dt_bias=dt_bias, state=state, starts=starts)
-    return dispatch.run(TABLE, inputs, backend)
+    return dispatch.run(TABLE, inputs, backend, SEQUENCE)
 
 
 def inputs(case: Case) -> dict[str, Tensor | None]:

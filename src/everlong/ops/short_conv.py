@@ -190,7 +190,7 @@ def short_conv(
     if activation not in (None, "silu"):
         raise ValueError(f"no activation {activation!r} here, expected None or 'silu'{suggest(activation, ['silu'])}")
     inputs = dict(x=x, weight=weight, bias=bias, activation=activation, state=state, starts=starts)
-    return dispatch.run(TABLE, inputs, backend)
+    return dispatch.run(TABLE, inputs, backend, SEQUENCE)
 
 
 def inputs(case: Case) -> dict[str, Any]:

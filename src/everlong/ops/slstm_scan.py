@@ -228,7 +228,7 @@ def slstm_scan(
     if state is None:
         state = x.new_zeros(batch, 4, heads, width, dtype=state_dtype(x))
     dims("x B T H 4 K, state B 4 H K", x, state)
-    return dispatch.run(TABLE, dict(x=x, recurrent=recurrent, state=state, starts=starts), backend)
+    return dispatch.run(TABLE, dict(x=x, recurrent=recurrent, state=state, starts=starts), backend, SEQUENCE)
 
 
 def inputs(case: Case) -> dict[str, Tensor | None]:

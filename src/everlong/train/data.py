@@ -38,7 +38,7 @@ class Corpus:
     """Documents packed in order, with the number of bytes each was made from (its separator counts as one byte).
 
     ``tokens [N]`` is uint8 for bytes and int32 otherwise; document i is ``tokens[offsets[i]:offsets[i + 1]]``.
-    ``skipped`` says how many files of folders were left out, by reason.
+    ``skipped`` says how many files of folders were left out, by reason; ``names`` are the documents' files, if any.
     """
 
     def __init__(
@@ -48,9 +48,10 @@ class Corpus:
         nbytes: Tensor,
         tokenizer: Tokenizer,
         skipped: dict[str, int] | None = None,
+        names: tuple[str, ...] = (),
     ) -> None:
         self.tokens, self.offsets, self.document_bytes = tokens, offsets, nbytes
-        self.tokenizer, self.skipped = tokenizer, skipped or {}
+        self.tokenizer, self.skipped, self.names = tokenizer, skipped or {}, names
 
     @classmethod
     def from_paths(cls, paths: str | Path | Iterable[str | Path], tokenizer: Tokenizer | None = None) -> Corpus:
@@ -61,15 +62,15 @@ class Corpus:
         """
         if isinstance(paths, (str, Path)):
             paths = [paths]
-        names = [str(path) for path in paths]
+        given = [str(path) for path in paths]
         skipped: dict[str, int] = {}
-        texts = [data for path, named in _files(names) if (data := _read(path, named, skipped))]
+        texts = {path: data for path, named in _files(given) if (data := _read(path, named, skipped))}
         if not texts:
             raise ValueError(
-                f"no text in {', '.join(names) or 'an empty list of paths'}{_because(skipped)}; "
+                f"no text in {', '.join(given) or 'an empty list of paths'}{_because(skipped)}; "
                 "give text files, or folders or globs that hold some"
             )
-        return cls._pack(texts, tokenizer or ByteTokenizer(), skipped)
+        return cls._pack(list(texts.values()), tokenizer or ByteTokenizer(), skipped, tuple(map(str, texts)))
 
     @classmethod
     def from_texts(cls, texts: Iterable[str | bytes], tokenizer: Tokenizer | None = None) -> Corpus:
@@ -80,11 +81,13 @@ class Corpus:
         return cls._pack([text for text in data if text], tokenizer or ByteTokenizer(), {})
 
     @classmethod
-    def _pack(cls, texts: list[bytes], tokenizer: Tokenizer, skipped: dict[str, int]) -> Corpus:
+    def _pack(
+        cls, texts: list[bytes], tokenizer: Tokenizer, skipped: dict[str, int], names: tuple[str, ...] = ()
+    ) -> Corpus:
         pieces = [_encode(text, tokenizer) for text in texts]
         lengths = torch.tensor([0, *map(len, pieces)])
         nbytes = torch.tensor([len(text) + (tokenizer.eos is not None) for text in texts])
-        return cls(torch.from_numpy(np.concatenate(pieces)), lengths.cumsum(0), nbytes, tokenizer, skipped)
+        return cls(torch.from_numpy(np.concatenate(pieces)), lengths.cumsum(0), nbytes, tokenizer, skipped, names)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -142,7 +145,8 @@ class Corpus:
         lengths = self.offsets.diff()
         tokens = self.tokens[mask.repeat_interleave(lengths)]
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths[mask].cumsum(0)])
-        return Corpus(tokens, offsets, self.document_bytes[mask], self.tokenizer, self.skipped)
+        names = tuple(name for name, kept in zip(self.names, mask.tolist(), strict=False) if kept)
+        return Corpus(tokens, offsets, self.document_bytes[mask], self.tokenizer, self.skipped, names)
 
     def _cut(self, size: int) -> tuple[Corpus, Corpus]:
         """Hold out the last ``size`` tokens of the longest document, as a document of its own."""
@@ -161,8 +165,14 @@ class Corpus:
         nbytes[longest] -= bytes_out
         ends = torch.tensor([0, len(tail)])
         return (
-            Corpus(kept, offsets, nbytes, self.tokenizer, self.skipped),
-            Corpus(tail, ends, torch.tensor([bytes_out + len(eos)]), self.tokenizer),
+            Corpus(kept, offsets, nbytes, self.tokenizer, self.skipped, self.names),
+            Corpus(
+                tail,
+                ends,
+                torch.tensor([bytes_out + len(eos)]),
+                self.tokenizer,
+                names=self.names[longest : longest + 1],
+            ),
         )
 
     def windows(self, context: int) -> int:
@@ -180,6 +190,17 @@ class Corpus:
 
         An epoch shows every window of the stream once, in an order (and from a first offset) of its own.
         """
+        return self.rows(self._offsets(step, cfg), cfg.context)
+
+    def where(self, step: int, cfg: Any, row: int, token: int) -> str:
+        """What lies at ``tokens[row, token]`` of a step's batch, for a message: a token of a document, and its file."""
+        place = int(self._offsets(step, cfg)[row]) + token
+        index = int(torch.searchsorted(self.offsets, place, right=True)) - 1
+        name = f" ({self.names[index]})" if self.names else ""
+        return f"token {place - int(self.offsets[index])} of document {index}{name}"
+
+    def _offsets(self, step: int, cfg: Any) -> Tensor:
+        """Where the rows of a step begin in the stream, [B]."""
         count = self.windows(cfg.context)
         slack = (len(self) - 1) % cfg.context
         offsets = []
@@ -187,7 +208,7 @@ class Corpus:
             epoch, place = divmod(row, count)
             first, order = _order(cfg.seed, epoch, count, slack)
             offsets.append(first + int(order[place]) * cfg.context)
-        return self.rows(torch.tensor(offsets), cfg.context)
+        return torch.tensor(offsets)
 
     def in_order(self, context: int, batch: int) -> Iterator[Batch]:
         """All windows of the stream once, in order, ``batch`` rows at a time: for measuring."""

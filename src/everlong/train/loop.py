@@ -25,6 +25,7 @@ from .. import config
 from ..files import atomic_write
 from . import checkpoint
 from .data import Batch, Corpus
+from .divergence import first_broken
 from .optim import learning_rate, make_optimizer, set_learning_rate
 
 METRICS = "metrics.jsonl"
@@ -44,7 +45,8 @@ class Progress(NamedTuple):
 
 class Data(Protocol):
     """What the loop asks of data: ``Corpus``, or any task of your own. It may also have ``vocab_size`` (checked
-    against the model's), ``tokens_per_byte`` and ``fingerprint`` (a text compared when a run resumes).
+    against the model's), ``tokens_per_byte``, ``fingerprint`` (a text compared when a run resumes) and ``where`` (see
+    ``Corpus.where``).
     """
 
     def batch(self, step: int, cfg: Any) -> Batch:
@@ -203,35 +205,51 @@ class Trainer:
     def _update(self) -> float:
         """One step of the optimiser; returns the loss before it. The step's only wait for the device is ``tolist``."""
         set_learning_rate(self.optimizer, learning_rate(self.step, self.cfg.steps, self.cfg))
-        loss = self._gradients(self.data.batch(self.step, self.cfg))
+        batch = self.data.batch(self.step, self.cfg)
+        loss = self._gradients(batch)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.cfg.clip or math.inf, foreach=True)
         value, size = torch.stack([loss.double(), norm.double()]).tolist()
         if not (math.isfinite(value) and math.isfinite(size)):
-            raise ValueError(self._diverged(value, size))
+            raise ValueError(self._diverged(value, size, batch))
         self.optimizer.step()
         self.optimizer.zero_grad()
         return value
 
     def _gradients(self, batch: Batch) -> Tensor:
         """Add the gradient of the mean loss over all targets, part by part, and return that loss."""
-        tokens, targets, starts = (None if t is None else t.to(self.device, non_blocking=True) for t in batch)
-        assert tokens is not None and targets is not None
-        if starts is not None and not bool(batch.starts[:, 1:].any()):  # type: ignore[index]
-            starts = None  # rows begin with an empty state anyway
+        tokens, targets, starts = self._here(batch)
         count = (targets != -100).sum().clamp_min(1)
         total, rows = torch.zeros((), device=self.device), len(tokens) // self.cfg.accumulate
         for at in range(0, len(tokens), rows):
             part = slice(at, at + rows)
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.cfg.bf16):
-                loss = self.model.loss(  # type: ignore[operator]
-                    tokens[part], targets[part], starts=None if starts is None else starts[part], reduction="sum"
-                )
-            loss = loss / count
+            loss = self._loss(tokens[part], targets[part], None if starts is None else starts[part]) / count
             loss.backward()
             total = total + loss.detach()
         return total
 
-    def _diverged(self, loss: float, norm: float) -> str:
+    def _here(self, batch: Batch) -> Batch:
+        """The batch on the device, without starts that change nothing."""
+        tokens, targets, starts = (None if t is None else t.to(self.device, non_blocking=True) for t in batch)
+        assert tokens is not None and targets is not None
+        if starts is not None and not bool(batch.starts[:, 1:].any()):  # type: ignore[index]
+            starts = None  # rows begin with an empty state anyway
+        return Batch(tokens, targets, starts)
+
+    def _loss(self, tokens: Tensor, targets: Tensor, starts: Tensor | None) -> Tensor:
+        """The loss of some rows, summed."""
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.cfg.bf16):
+            return self.model.loss(tokens, targets, starts=starts, reduction="sum")  # type: ignore[operator]
+
+    def _began(self, batch: Batch) -> str:
+        """The token and the document with which it began, as a sentence; nothing where no row is broken by itself."""
+        place = first_broken(self._loss, self.parameters, self._here(batch))
+        if place is None:
+            return ""
+        where = getattr(self.data, "where", None)
+        named = f", {where(self.step, self.cfg, *place)}" if where is not None else ""
+        return f". It began in row {place[0]} of the batch at token {place[1]}{named}"
+
+    def _diverged(self, loss: float, norm: float, batch: Batch) -> str:
         bad = next((n for n, p in self.model.named_parameters() if not bool(torch.isfinite(p).all())), None)
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {norm}"
         if bad is not None:
@@ -240,7 +258,9 @@ class Trainer:
         advice = f"try a lower lr ({lower:.1e}), a longer warmup, or a smaller clip"
         if bad is not None and self.step == 0:
             advice = "the model was not finite before training; load or build it again"
-        return f"step {self.step + 1} of {self.cfg.steps}: {what}; {self._kept()}. To go on, {advice}, in a new folder"
+        began = "" if bad is not None else self._began(batch)
+        what = f"step {self.step + 1} of {self.cfg.steps}: {what}; {self._kept()}"
+        return f"{what}. To go on, {advice}, in a new folder{began}"
 
     def _how_to_go_on(self) -> str:
         done = f"stopped after step {self.step} of {self.cfg.steps}"
