@@ -1,68 +1,71 @@
 """Decoding without Python in the way: a model's ``step``, recorded once, replayed as a native program.
 
-``Decoder(model, batch)`` owns a state and writes it in place. Its definition is ``model.step``; a test holds it to that
-for every mixer. Blocks with an operation that has no native form run through their own ``step_``, in between.
+``Decoder(model, batch)`` owns a state and writes it in place. Its definition is ``model.step``: it replays two random
+tokens beside it when it is made, and what differs runs in Python. Blocks that cannot be replayed run through their own
+``step_``, in between.
+
+A program computes in fp32 throughout: under bf16 weights it keeps the digits that ``model.step`` rounds away between
+operations, so both differ by bf16's rounding (``numerics.TOLERANCE``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .. import shapes
+from .. import numerics, shapes
 from .. import state as states
-from ..mixers import base
 from ..ops import native
 from ..ops.native.product import MAX_ROWS
-from ..ops.native.program import Buffer, Program, Ref
-from ..ops.record import Recorder
+from .guards import Unsupported
 from .lm import LanguageModel
-from .lowering import TOKENS, Lowering, Unsupported
+from .replay import Replay, Where, refuse_hooks
 
-Where = tuple[int, int]  # layer, and block within it
+CHECKED = 2  # tokens replayed beside ``model.step``
 
 
-class Part(NamedTuple):
-    """A piece of the step: instructions ``begin`` to ``end``, and the block that then runs in Python, if any."""
+class Cost(NamedTuple):
+    """Seconds that it took to make a decoder."""
 
-    begin: int
-    end: int
-    block: Where | None = None
-    x: Tensor | None = None  # the residual stream [B D], in the program's memory: read and written by the block
-    reason: str = ""
+    recording: float
+    checking: float
 
 
 class Decoder:
     """``decoder.step(tokens [B]) -> logits [B vocab]``, for a state that the decoder alone owns.
 
     ``load`` takes a state, ``state`` gives a copy of it. Logits are a view that the next step overwrites, in fp32
-    where the program runs natively. ``explain()`` says which blocks do not. Parameters are taken as they are when
-    it is made: make a new one after training. ``ValueError`` for ids outside the vocabulary, states of another model.
+    where the program runs natively. ``explain()`` says which blocks do not, ``cost`` what making it took. More than
+    64 rows are several programs. Parameters are taken as they are when it is made: make a new one after training.
+    ``ValueError`` for ids outside the vocabulary, states of another model.
     """
 
     def __init__(self, model: LanguageModel, batch: int = 1) -> None:
         if batch < 1:
             raise ValueError(f"batch must be at least 1 row, got {batch}")
-        self.model, self.batch = model, batch
-        self.reason = _refusal(model, batch)
+        self.model, self.batch, self.cost = model, batch, Cost(0.0, 0.0)
+        self.reason = _refusal(model)
+        self._replays: list[Replay] = []
         if self.reason is None:
-            try:
-                self._record()
-            except Unsupported as error:
-                self.reason = str(error)
+            with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
+                self.reason = self._make()
         if self.reason is not None:
             self._state: Any = model.init_state(batch)
+        elif len(self._replays) > 1:
+            self._logits = torch.cat([replay.logits for replay in self._replays])
 
     # ---- the public face ----
 
     def explain(self) -> list[tuple[str, str]]:
-        """The blocks that run in Python, with the reason; empty where the whole step is native."""
-        if self.reason is not None:
-            return [("model", self.reason)]
-        return [(f"layers.{part.block[0]}.{part.block[1]}", part.reason) for part in self._parts if part.block]
+        """The blocks that run in Python, with the reason; empty where the whole step is native.
+
+        Where all of the model does, that line comes first.
+        """
+        found = {block.name: block.reason for replay in self._replays for block in replay.blocks if block.reason}
+        return [*([("model", self.reason)] if self.reason is not None else []), *found.items()]
 
     def load(self, state: Any) -> None:
         """Take a copy of ``state`` [B rows] as the state to go on from."""
@@ -70,32 +73,18 @@ class Decoder:
         if self.reason is not None:
             self._state = states.map_leaves(torch.clone, state)
             return
-        for where, _ in self._blocks():
-            given = state.layers[where[0]][where[1]]
-            if where in self._python:
-                self._python[where] = states.map_leaves(torch.clone, given)
-                continue
-            for (_, mine, _), (_, leaf, _) in zip(
-                states.leaves(self._memory[where]), states.leaves(given), strict=True
-            ):
-                mine.copy_(leaf)
-        self._position = state.position.clone()
+        begin = 0
+        for replay in self._replays:
+            rows = slice(begin, begin + replay.rows)
+            replay.load(state if len(self._replays) == 1 else states.map_leaves(lambda leaf, r=rows: leaf[r], state))
+            begin += replay.rows
 
     def state(self) -> Any:
         """A copy of the state after all tokens so far, as ``model.step`` would return it."""
         if self.reason is not None:
             return states.map_leaves(torch.clone, self._state)
-        layers: list[list[Any]] = [[] for _ in self.model.layers]
-        for where, block in self._blocks():
-            if where in self._python:
-                kept = states.map_leaves(torch.clone, self._python[where])
-            else:
-                dtypes = [leaf.dtype for _, leaf, _ in states.leaves(block.init_state(0))]
-                pairs = zip(states.leaves(self._memory[where]), dtypes, strict=True)
-                values = [leaf.to(dtype, copy=True) for (_, leaf, _), dtype in pairs]
-                kept = states.rebuild(self._memory[where], iter(values))
-            layers[where[0]].append(kept)
-        return self.model.State(layers=tuple(map(tuple, layers)), position=self._position.clone())
+        kept = [replay.state() for replay in self._replays]
+        return kept[0] if len(kept) == 1 else states.stack(kept)
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
@@ -105,15 +94,14 @@ class Decoder:
             logits, self._state = self.model.step_(tokens, self._state)
             return logits
         tokens = tokens.long().contiguous()
-        for part in self._parts:
-            self.program.run(part.begin, part.end, tokens)
-            if part.block is not None:
-                assert part.x is not None
-                norm, block = self.model.layers[part.block[0]]._blocks()[part.block[1]]
-                y, self._python[part.block] = block.step_(norm(part.x), self._python[part.block])
-                part.x.add_(y)
-        self._position += 1
-        return self.logits
+        if len(self._replays) == 1:
+            return self._replays[0].step(tokens)
+        begin = 0
+        for replay in self._replays:
+            end = begin + replay.rows
+            self._logits[begin:end] = replay.step(tokens[begin:end])
+            begin = end
+        return self._logits
 
     def _check(self, tokens: Tensor) -> None:
         shapes.dims(f"tokens {self.batch}", tokens)
@@ -126,89 +114,118 @@ class Decoder:
                 "was the text encoded with this model's tokenizer?"
             )
 
-    def _blocks(self) -> Iterator[tuple[Where, Any]]:
-        for layer, module in enumerate(self.model.layers):
-            for index, (_, block) in enumerate(module._blocks()):
-                yield (layer, index), block
+    # ---- making it ----
 
-    # ---- recording ----
+    def _make(self) -> str | None:
+        """Record until the replay is what ``model.step`` is; a reason where that cannot be."""
+        python: dict[Where, str] = {}
+        while True:
+            begun = time.perf_counter()
+            reason = self._record(python)
+            recorded = time.perf_counter()
+            found = {} if reason is not None else self._differing()
+            spent = Cost(recorded - begun, time.perf_counter() - recorded)
+            self.cost = Cost(*(a + b for a, b in zip(self.cost, spent, strict=True)))
+            if not found:
+                return reason
+            if None in found:
+                return found[None]
+            python |= found  # type: ignore[arg-type]
 
-    @torch.no_grad()
-    def _record(self) -> None:
-        """One step of zeros, block by block, and the program made of it."""
-        self.program = Program()
-        self._parts: list[Part] = []
-        self._memory: dict[Where, Any] = {}
-        self._python: dict[Where, Any] = {}
-        self._position = torch.zeros(self.batch, dtype=torch.long)
-        to, side = Lowering(self.program), {}  # type: ignore[var-annotated]
-        tokens = torch.zeros(self.batch, dtype=torch.long)
-        to.bind(tokens, TOKENS)
-        with Recorder() as record:
-            x = self.model.embed(tokens)
-        to.lower(record.calls)
-        self._views: list[tuple[int, Ref]] = []
-        for where, block in self._blocks():
-            x = self._record_block(to, where, block, x, side)
-            to.forget(x, *side.values())
-        with Recorder() as record:
-            logits = self.model.logits(self.model.norm(x))
-        to.lower(record.calls)
-        self._parts.append(Part(self._parts[-1].end if self._parts else 0, len(self.program.instructions)))
-        final = to.ref(logits)
-        self.program.touch(final.buffer)
-        self.program.finish()
-        self.logits = self.program.view(final, logits.shape)
-        for index, ref in self._views:
-            self._parts[index] = self._parts[index]._replace(x=self.program.view(ref, x.shape))
+    def _record(self, python: dict[Where, str]) -> str | None:
+        parts = -(-self.batch // MAX_ROWS)
+        sizes = [self.batch // parts + (part < self.batch % parts) for part in range(parts)]
+        self._replays = []
+        for rows in sizes:
+            self._replays.append(Replay(self.model, rows, python))
+            try:
+                self._replays[-1].record()
+            except Unsupported as error:
+                return str(error)
+            except Exception as error:  # what a step does while it is recorded, or a rule has not foreseen
+                return f"recording failed: {type(error).__name__}: {error}"
+        return None
 
-    def _record_block(self, to: Lowering, where: Where, block: Any, x: Tensor, side: dict[str, Tensor]) -> Tensor:
-        """Instructions of ``x + block(norm(x))``, or a part that leaves it to Python. Returns the recorded sum."""
-        norm, length = self.model.layers[where[0]]._blocks()[where[1]][0], len(self.program.instructions)
-        try:
-            if type(block).step_ is not base.Mixer.step_:
-                raise Unsupported(f"{type(block).__name__} has its own step in place")
-            return self._lower_block(to, where, block, norm, x, side)
-        except Unsupported as error:
-            if block.side:
-                raise Unsupported(f"{type(block).__name__} shares values with other layers: {error}") from error
-            del self.program.instructions[length:]
-            to.prepared = {}
-            self._memory.pop(where, None)
-            self._python[where] = block.init_state(self.batch)
-            self._views.append((len(self._parts), to.ref(x)))
-            self._parts.append(Part(self._parts[-1].end if self._parts else 0, length, where, None, str(error)))
-            return x
+    def _differing(self) -> dict[Where | None, str]:
+        """The blocks whose replay is not their step, with the reason; under None a reason against all of it."""
+        for replay in self._replays:
+            try:
+                error = self._beside(replay)
+                found = self._blame(replay) if error else {}
+            except Exception as failed:
+                return {None: f"two tokens beside model.step: {type(failed).__name__}: {failed}"}
+            replay.load(self.model.init_state(replay.rows))
+            if error:
+                return found or {None: f"replayed, {error} differ from those of model.step"}
+        return {}
 
-    def _lower_block(
-        self, to: Lowering, where: Where, block: Any, norm: Any, x: Tensor, side: dict[str, Tensor]
-    ) -> Tensor:
-        before = block.init_state(self.batch)
-        memory = states.map_leaves(lambda leaf: torch.zeros(leaf.shape), before)
-        pairs = list(zip(states.leaves(before), states.leaves(memory), strict=True))
-        for (name, leaf, _), (_, mine, _) in pairs:
-            if not leaf.is_contiguous() or not (leaf.is_floating_point() or leaf.dtype == torch.bool):
-                raise Unsupported(f"{name} of dtype {leaf.dtype}, or not in one piece")
-            if leaf.numel():
-                to.bind(leaf, Buffer(leaf.numel(), mine))
-        with Recorder() as record:
-            y, after = block.step(norm(x), before, **({"side": side} if block.side else {}))
-            total = x + y
-        to.lower(record.calls)
-        for (_, leaf, _), (_, kept, _) in zip(states.leaves(before), states.leaves(after), strict=True):
-            if leaf.numel():
-                to.keep(kept, leaf)
-        self._memory[where] = memory
-        return total
+    def _tokens(self, replay: Replay) -> Tensor:
+        numbers = torch.Generator().manual_seed(0)
+        return torch.randint(0, self.model.cfg.vocab_size, (CHECKED, replay.rows), generator=numbers)
+
+    def _beside(self, replay: Replay) -> str | None:
+        """What differs after two random tokens, the second one from the state that the first has left."""
+        want = self.model.init_state(replay.rows)
+        for tokens in self._tokens(replay):
+            torch.default_generator.manual_seed(0)  # a block in Python may draw: the same numbers for both
+            logits, want = self.model.step(tokens, want)
+            torch.default_generator.manual_seed(0)
+            if not self._alike(replay.step(tokens), logits):
+                return "logits"
+        same = self._alike_states(replay.state(), want)
+        return None if same else "states"
+
+    def _blame(self, replay: Replay) -> dict[Where | None, str]:
+        replay.load(self.model.init_state(replay.rows))
+        found: dict[Where | None, str] = {}
+        for tokens in self._tokens(replay):
+            for block, (x, after), (want, kept) in replay.blocks_beside_their_steps(tokens):
+                if not self._alike(x, want) or not self._alike_states(after, kept):
+                    found[block.where] = f"replayed, {type(block.block).__name__} differs from its step"
+        return found
+
+    def _alike_states(self, got: Any, want: Any) -> bool:
+        pairs = zip(states.leaves(got), states.leaves(want), strict=True)
+        return all(self._alike(*_common(mine, leaf, pad)) for (_, mine, pad), (_, leaf, _) in pairs)
+
+    def _alike(self, got: Tensor, want: Tensor) -> bool:
+        """Within the table's tolerance; that of bf16 where weights or inputs are rounded. NaN equals NaN."""
+        if got.shape != want.shape or not want.is_floating_point():
+            return bool(got.shape == want.shape and (got == want).all())
+        rounded = self.model.weights is not None or any(x.dtype == torch.bfloat16 for x in self.model.parameters())
+        dtype = torch.bfloat16 if rounded else torch.float32
+        got, want = got.float(), want.float()
+        finite = torch.isfinite(want)
+        if not torch.equal(finite, torch.isfinite(got)):
+            return False
+        errors = numerics.relative_errors(got.where(finite, 0), want.where(finite, 0))
+        limit = numerics.TOLERANCE[dtype]
+        return errors[0] <= limit and errors[1] <= limit * numerics.ROW[dtype]
 
 
-def _refusal(model: LanguageModel, batch: int) -> str | None:
+def _common(got: Tensor, want: Tensor, pad: str | None) -> tuple[Tensor, Tensor]:
+    """Both without spare room in a leaf that grows."""
+    if pad is None:
+        return got, want
+    length = min(got.shape[1], want.shape[1])
+    return (got[:, :length], want[:, :length]) if pad == "end" else (got[:, -length:], want[:, -length:])
+
+
+def _refusal(model: LanguageModel) -> str | None:
     """Why this model cannot be recorded at all, or None."""
     if native.MISSING is not None:
         return native.MISSING
-    if batch > MAX_ROWS:
-        return f"a batch of {batch} rows; the native products take {MAX_ROWS}"
     for name, x in model.state_dict().items():
         if x.device.type != "cpu" or x.dtype in (torch.float64, torch.float16):
             return f"{name} is {x.dtype} on {x.device}; the kernels take fp32 and bf16 on the CPU"
+    hooks = nn.modules.module
+    if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+        return "a forward hook for all modules"
+    try:
+        for name in ("embedding", "embed_norm", "norm", "head"):
+            part = getattr(model, name)
+            if part is not None:
+                refuse_hooks(part, name)
+    except Unsupported as error:
+        return str(error)
     return None

@@ -100,7 +100,7 @@ class Program:
 
     def finish(self) -> None:
         """Give every buffer its place and encode the list."""
-        self.arena = torch.zeros(_lay_out(self._buffers()))
+        self.arena = torch.zeros(_lay_out(self._buffers()), dtype=torch.float32)
         self.encoded = (_CInstruction * len(self.instructions))()
         for line, instruction in zip(self.encoded, self.instructions, strict=True):
             self._encode(line, instruction)
