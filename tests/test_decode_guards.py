@@ -254,8 +254,7 @@ def both(model, batch, steps=5, decoder=None):
         want, kept = model.step(tokens, kept)
         torch.set_rng_state(rng)  # for a step that draws
         numerics.assert_close(decoder.step(tokens).to(want.dtype), want, f"step {t}")
-    pairs = zip(states.leaves(decoder.state()), states.leaves(kept), strict=True)
-    for (name, got, pad), (_, want, _) in pairs:
+    for (name, got, pad), (_, want, _) in zip(states.leaves(decoder.state()), states.leaves(kept), strict=True):
         assert got.dtype == want.dtype
         numerics.assert_close(got[:, : want.shape[1]] if pad else got, want, name)
     return decoder

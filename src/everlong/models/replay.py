@@ -6,7 +6,8 @@ What ``decode.py`` builds its decoder of. A block with an operation that has no 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,11 +48,21 @@ class Block:
         """Its place in the model, as ``explain`` names it."""
         return f"layers.{self.where[0]}.{self.where[1]}"
 
-    def run(self, step: Any, state: Any) -> tuple[Tensor, Any, dict[str, Any]]:
-        """``block(norm(x))`` through ``step`` on what lies in the program's memory; the state and side values after."""
-        side = {name: value.to(dtype) if dtype else value for name, (value, dtype) in self.side.items()}
-        y, after = step(self.norm(self.x.to(self.dtype)), state, **({"side": side} if self.block.side else {}))
-        return y, after, side
+    def given(self) -> tuple[Tensor, Any, dict[str, Any]]:
+        """Copies of what a replayed block is about to read: x, its state and the shared values, in fp32."""
+        side = {name: value.clone() if dtype else value for name, (value, dtype) in self.side.items()}
+        return self.x.clone(), states.map_leaves(torch.clone, self.state), side
+
+    def asked(self, x: Tensor, state: Any, side: dict[str, Any], *, wide: bool = False) -> tuple[Tensor, Any]:
+        """What ``step`` makes of them, in the model's dtypes, or ``wide`` with all of it in fp32."""
+        norm, block = self.norm, self.block
+        if wide:
+            norm, block = (copy.deepcopy(module).float() for module in (norm, block))
+        kinds = {k: dtype for k, (_, dtype) in self.side.items()}
+        side = {k: v.to(torch.float32 if wide else kinds[k]) if kinds[k] else v for k, v in side.items()}
+        state = _like(state, block.init_state(0))
+        x = x.to(torch.float32 if wide else self.dtype)
+        return block.step(norm(x), state, **({"side": side} if block.side else {}))
 
 
 class Replay:
@@ -63,6 +74,7 @@ class Replay:
     def __init__(self, model: LanguageModel, rows: int, python: dict[Where, str]) -> None:
         self.model, self.rows, self.python = model, rows, python
         self.blocks: list[Block] = []
+        self.half = any(x.dtype == torch.bfloat16 for x in model.parameters())
         for layer, module in enumerate(model.layers):
             for index, (norm, block) in enumerate(module._blocks()):
                 self.blocks.append(Block((layer, index), norm, block, reason=python.get((layer, index))))
@@ -71,9 +83,9 @@ class Replay:
         """One step of the initial state, block by block, and the program made of it."""
         self.program = Program()
         tokens = torch.zeros(self.rows, dtype=torch.long)
-        to, side = Lowering(self.program, RULES, _dtypes(self.model), tokens), {}  # type: ignore[var-annotated]
+        to, side = Lowering(self.program, RULES, _dtypes(self.half), tokens), {}  # type: ignore[var-annotated]
         x = _lowered(to, "the embedding", lambda: self.model.embed(tokens))
-        self.embedded = len(self.program.instructions)
+        self.embedded, stream = len(self.program.instructions), to.ref(x)
         for block in self.blocks:
             block.begin, block.dtype, block.x = len(self.program.instructions), x.dtype, to.ref(x)
             block.side = {name: _shared(to, value) for name, value in side.items()}
@@ -84,7 +96,7 @@ class Replay:
         final = to.ref(logits)
         self.program.touch(final.buffer)
         self.program.finish()
-        self.logits = self.program.view(final, logits.shape)
+        self.stream, self.logits = self.program.view(stream, x.shape), self.program.view(final, logits.shape)
         for block in self.blocks:
             block.x, block.out = (self.program.view(ref, x.shape) for ref in (block.x, block.out))
             block.side = {k: (self.program.view(*v) if d else v, d) for k, (v, d) in block.side.items()}
@@ -105,15 +117,15 @@ class Replay:
             block.reason = f"recording failed: {type(error).__name__}: {error}"
         del self.program.instructions[block.begin :]
         to.forget(x, *(value for value in side.values() if isinstance(value, Tensor)))
-        copy = x.clone()  # Python adds to a value that is the residual stream and nothing else
-        to.map("copy", x.shape, to.new(copy), [to.ref(x)])
-        block.x = to.ref(copy)
+        alone = x.clone()  # Python adds to a value that is the residual stream and nothing else
+        to.map("copy", x.shape, to.new(alone), [to.ref(x)])
+        block.x = to.ref(alone)
         for value in block.side.values():
             if isinstance(value[0], tuple):
                 self.program.touch(value[0][0].buffer)
         if block.block.side:
-            self._share(to, block, copy, side)
-        return copy
+            self._share(to, block, alone, side)
+        return alone
 
     def _share(self, to: Lowering, block: Block, x: Tensor, side: dict[str, Any]) -> None:
         """The shared values that a block in Python makes lie in memory of their own."""
@@ -155,48 +167,63 @@ class Replay:
             if block.reason is None:
                 continue
             self.program.run(begin, block.begin + 1, tokens)  # up to the copy of x
-            y, block.state, side = block.run(block.block.step_, block.state)
-            block.x.add_(y)
-            for name, memory in block.gives.items():
-                memory.copy_(side[name])
+            _in_python(block)
             begin = block.end
         self.program.run(begin, len(self.program.instructions), tokens)
         self.position += 1
         return self.logits
 
-    def blocks_beside_their_steps(self, tokens: Tensor) -> Iterator[tuple[Block, Any, Any]]:
-        """One step in which every replayed block is also run in Python on the same values: what it made, and should.
-
-        Both are tuples of the residual stream after the block and the leaves of its state.
-        """
+    def differing(self, tokens: Tensor, alike: Callable[[Any, Any], bool]) -> Iterator[tuple[Where | None, str]]:
+        """One step piece by piece, each beside the model's own on the same values; yields what is not ``alike``."""
         self.program.run(0, self.embedded, tokens)
+        if not alike(self.stream, self.model.embed(tokens)):
+            yield None, "the embedding"
         for block in self.blocks:
             if block.reason is not None:
-                self.program.run(block.begin, block.end, tokens)
-                y, block.state, side = block.run(block.block.step_, block.state)
-                block.x.add_(y)
-                for name, memory in block.gives.items():
-                    memory.copy_(side[name])
+                self.program.run(block.begin, block.begin + 1, tokens)
+                _in_python(block)
                 continue
-            x = block.x.to(block.dtype).clone()
-            y, after, _ = block.run(block.block.step, _copy_of(block))
+            given = block.given()
             self.program.run(block.begin, block.end, tokens)
-            yield block, (block.out.clone(), _copy_of(block)), (x + y, after)
+            made = block.out - given[0], block.state
+            if not alike(made, block.asked(*given)) and not (self.half and alike(made, block.asked(*given, wide=True))):
+                yield block.where, type(block.block).__name__
+        x = self.blocks[-1].out
+        want = self.model.logits(self.model.norm(x.to(self.blocks[-1].dtype)))
+        self.program.run(self.blocks[-1].end, len(self.program.instructions), tokens)
+        if not alike(self.logits, want):
+            yield None, "the head"
         self.position += 1
 
 
-def _dtypes(model: LanguageModel) -> set[torch.dtype]:
-    """What values may be: all of fp32's digits are kept, and so are those of bf16 where the weights have no more."""
-    half = any(x.dtype == torch.bfloat16 for x in model.parameters())
+def _in_python(block: Block) -> None:
+    """A block's own step, on values in the program's memory."""
+    side = {name: value.to(dtype) if dtype else value for name, (value, dtype) in block.side.items()}
+    given, extra = dict(side), {"side": side} if block.block.side else {}
+    y, block.state = block.block.step_(block.norm(block.x.to(block.dtype)), block.state, **extra)
+    block.x.add_(y)
+    for name, (value, dtype) in block.side.items():
+        if dtype and given[name] is not value:
+            value.copy_(given[name])  # it may have changed in place
+    for name, memory in block.gives.items():
+        memory.copy_(side[name])
+
+
+def _dtypes(half: bool) -> set[torch.dtype]:
+    """What values may be: fp32 keeps all digits of these; those of bf16 only where the weights have no more either."""
     return {torch.float32, torch.complex64, torch.bool, *([torch.bfloat16] if half else [])}
 
 
 def _copy_of(block: Block) -> Any:
     if block.reason is not None:
         return states.map_leaves(torch.clone, block.state)
-    dtypes = [leaf.dtype for _, leaf, _ in states.leaves(block.block.init_state(0))]
-    pairs = zip(states.leaves(block.state), dtypes, strict=True)
-    return states.rebuild(block.state, iter([leaf.to(dtype, copy=True) for (_, leaf, _), dtype in pairs]))
+    return _like(block.state, block.block.init_state(0))
+
+
+def _like(state: Any, like: Any) -> Any:
+    """A copy of ``state`` in the dtypes of ``like``."""
+    pairs = zip(states.leaves(state), states.leaves(like), strict=True)
+    return states.rebuild(state, iter([leaf.to(kind.dtype, copy=True) for (_, leaf, _), (_, kind, _) in pairs]))
 
 
 def _lowered(to: Lowering, what: str, function: Any) -> Any:
@@ -218,7 +245,7 @@ def _shared(to: Lowering, value: Any) -> tuple[Any, torch.dtype | None]:
 
 def _lower_block(to: Lowering, block: Block, x: Tensor, side: dict[str, Any], rows: int) -> Tensor:
     """The instructions of ``x + block(norm(x))``."""
-    if type(block.block).step_ is not base.Mixer.step_:
+    if own(block.block, base.Mixer, "step_"):
         raise Unsupported(f"{type(block.block).__name__} has its own step in place")
     refuse_hooks(block.norm, "norm")
     refuse_hooks(block.block, type(block.block).__name__, itself=False)
@@ -250,6 +277,11 @@ def _lower_block(to: Lowering, block: Block, x: Tensor, side: dict[str, Any], ro
         raise Unsupported(f"an output of shape {list(total.shape)} and dtype {total.dtype}")
     block.state = memory
     return total
+
+
+def own(instance: Any, kind: type, *names: str) -> bool:
+    """Does ``instance`` have another method of one of these names than ``kind`` gives?"""
+    return any(getattr(getattr(instance, name), "__func__", None) is not getattr(kind, name) for name in names)
 
 
 def refuse_hooks(module: nn.Module, what: str, *, itself: bool = True) -> None:
