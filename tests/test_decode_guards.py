@@ -3,7 +3,11 @@
 Every ``step`` here either runs natively or in Python with a reason; the decoder equals ``model.step`` in all cases.
 """
 
+import concurrent.futures
+import copy
+import pickle
 import re
+import warnings
 from dataclasses import dataclass
 
 import numpy
@@ -109,6 +113,36 @@ def set_data(y):
     return z
 
 
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y):
+        return 2 * y
+
+
+class Tagged(torch.Tensor):
+    pass
+
+
+def scripted(y, x):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scripting is on its way out
+        return torch.jit.script(_scripted)(y, x)
+
+
+def _scripted(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return y * torch.sigmoid(x) + y
+
+
+def autocast(m, y):
+    with torch.autocast("cpu", torch.bfloat16):
+        return m.proj(y).float()
+
+
+def in_a_thread(function):
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
 def two(y, state):
     return y, Pair(a=y, b=y)
 
@@ -203,6 +237,21 @@ CASES = {
     "another dtype": (lambda m, x, y, s: (y, Pair(a=y.double(), b=y)), "float64"),
     "another shape": (lambda m, x, y, s: (y, Pair(a=y, b=torch.cat([s.b, y]))), "becomes"),
     "another kind": (lambda m, x, y, s: (y, (y, y)), "another kind"),
+    "old state out": (lambda m, x, y, s: (s.a, Pair(a=y, b=s.a * 2 + x)), None),
+    "new state out": (lambda m, x, y, s: (y, Pair(a=y, b=y[:, ::2].repeat_interleave(2, 1))), None),
+    "state, then in place": (lambda m, x, y, s: (z := y + 0, Pair(a=z, b=changed(z, lambda z: z.mul_(2)))), None),
+    "x in place": (lambda m, x, y, s: (y * changed(x, lambda x: x.mul_(2)), Pair(a=x, b=y)), None),
+    # other ways around the recording
+    "vmap": (lambda m, x, y, s: torch.vmap(lambda row: row * row.sum())(y), None),
+    "autograd": (lambda m, x, y, s: Double.apply(y), None),
+    "scripted": (lambda m, x, y, s: scripted(y, x), None),
+    "autocast": (lambda m, x, y, s: autocast(m, y), "bfloat16"),
+    "thread": (lambda m, x, y, s: in_a_thread(lambda: y.tanh() * 2), DIFFERS),
+    "deepcopy": (lambda m, x, y, s: copy.deepcopy(y) * 2, WRITES),
+    "pickle": (lambda m, x, y, s: pickle.loads(pickle.dumps(y)) * 2, "storage|numpy|pickle|of a value"),
+    "from a list": (lambda m, x, y, s: torch.tensor(y.tolist()) * 2, READS),
+    "cond": (lambda m, x, y, s: torch.where(y.sum() > 0, y, -y), None),
+    "subclass": (lambda m, x, y, s: torch.Tensor.as_subclass(y, Tagged).mul(2).as_subclass(torch.Tensor), None),
     # initial states
     "begins at ones": (lambda m, x, y, s: (y, Pair(a=s.a * 0.9 + y, b=s.b + 1)), None),
     "views of one": (lambda m, x, y, s: (y, Pair(a=s.a + y, b=s.b * 0.5 + x)), None),
@@ -273,3 +322,38 @@ def test_a_step_is_replayed_rightly_or_not_at_all(name):
     elif native.MISSING is None:
         assert re.search(reason, dict(found).get("layers.0.0", found[0][1])), found
     assert found or native.MISSING is None
+
+
+EMBEDS = {
+    "as numbers": (lambda m, t: m.embedding(t) * t.float()[:, None], "used as numbers"),
+    "another order": (lambda m, t: m.embedding(t.flip(0)), "flip"),
+    "other ids": (lambda m, t: m.embedding((t + 1) % 20), "used as numbers"),
+    "some": (lambda m, t: m.embedding(t[:1]).expand(3, D), "something else than token ids"),
+    "backwards": (lambda m, t: m.embedding(t.view(3, 1).expand(3, 2)).mean(1), "something else than token ids"),
+    "twice": (lambda m, t: m.embedding(t) + 2 * m.embedding(t.long()), None),
+    "read": (lambda m, t: m.embedding(t) * (1 + int(t[0])), READS),
+    "python": (lambda m, t: torch.stack([m.embedding.weight[i] for i in t.tolist()]), READS),
+    "nothing": (lambda m, t: torch.ones(3, D), None),
+}
+
+
+@pytest.mark.parametrize("name", EMBEDS)
+def test_embeddings(name):
+    embed, reason = EMBEDS[name]
+
+    class Own(LanguageModel):
+        def embed(self, tokens):
+            return embed(self, tokens)
+
+    model = probe("plain")
+    model.__class__ = Own
+    found = both(model, 3).explain()
+    if native.MISSING is None:
+        assert found == [] if reason is None else re.search(reason, found[0][1]), found
+
+
+def test_a_norm_that_hands_on_what_it_was_given():
+    model = probe("x in place", "x in place", "plain")
+    for layer in model.layers:
+        layer.mixer_norm = torch.nn.Identity()
+    both(model, 3)
