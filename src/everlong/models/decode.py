@@ -51,7 +51,7 @@ class Decoder:
         self.reason = _refusal(model)
         self._replays: list[Replay] = []
         if self.reason is None:
-            with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with torch.inference_mode(False), torch.no_grad():
                 self.reason = self._make()
         if self.reason is not None:
             self._state: Any = model.init_state(batch)
@@ -120,18 +120,25 @@ class Decoder:
     def _make(self) -> str | None:
         """Record until the replay is what ``model.step`` is; a reason where that cannot be."""
         python: dict[Where, str] = {}
+        drawn = torch.get_rng_state()
         while True:
+            self._rewind(drawn)
             begun = time.perf_counter()
             reason = self._record(python)
             recorded = time.perf_counter()
             found = {} if reason is not None else self._differing()
             spent = Cost(recorded - begun, time.perf_counter() - recorded)
             self.cost = Cost(*(a + b for a, b in zip(self.cost, spent, strict=True)))
-            if not found:
-                return reason
-            if None in found:
-                return found[None]
+            if reason is not None or not found or None in found:
+                self._rewind(drawn, failed=reason is not None or None in found)
+                return reason or found.get(None)
             python |= found  # type: ignore[arg-type]
+
+    def _rewind(self, drawn: Tensor, *, failed: bool = False) -> None:
+        """Give back the random numbers that what runs in Python has drawn; what is native draws none."""
+        draws = failed or any(block.reason for replay in self._replays for block in replay.blocks)
+        if draws and not torch.equal(torch.get_rng_state(), drawn):
+            torch.set_rng_state(drawn)
 
     def _record(self, python: dict[Where, str]) -> str | None:
         parts = -(-self.batch // MAX_ROWS)
@@ -182,9 +189,9 @@ class Decoder:
     def _whole(self, replay: Replay, ids: Tensor) -> str | None:
         want = self.model.init_state(replay.rows)
         for tokens in ids:
-            torch.default_generator.manual_seed(0)  # a block in Python may draw: the same numbers for both
+            drawn = torch.get_rng_state()
             logits, want = self.model.step(tokens, want)
-            torch.default_generator.manual_seed(0)
+            self._rewind(drawn)  # a block in Python may draw: the same numbers for both
             if not _alike(replay.step(tokens), logits, torch.float32):
                 return "replayed, logits differ from those of model.step"
         same = _alike(replay.state(), want, torch.float32)

@@ -100,6 +100,7 @@ class Replay:
         for block in self.blocks:
             block.x, block.out = (self.program.view(ref, x.shape) for ref in (block.x, block.out))
             block.side = {k: (self.program.view(*v) if d else v, d) for k, (v, d) in block.side.items()}
+        self.in_python = [block for block in self.blocks if block.reason is not None]
         self.load(self.model.init_state(self.rows))
 
     def _record_block(self, to: Lowering, block: Block, x: Tensor, side: dict[str, Any]) -> Tensor:
@@ -163,9 +164,7 @@ class Replay:
     def step(self, tokens: Tensor) -> Tensor:
         """One token per row: int64 ids [B] -> logits [B vocab], which the next step overwrites."""
         begin = 0
-        for block in self.blocks:
-            if block.reason is None:
-                continue
+        for block in self.in_python:
             self.program.run(begin, block.begin + 1, tokens)  # up to the copy of x
             _in_python(block)
             begin = block.end
