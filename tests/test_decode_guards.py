@@ -59,12 +59,12 @@ class Probe(base.Mixer):
 
     def init_state(self, batch):
         make = INIT.get(self.cfg.name, lambda n: Pair(a=torch.zeros(n, D), b=torch.zeros(n, D)))
-        return make(batch)
+        return states.map_leaves(lambda t: t.to(self.scale.dtype) if t.dtype == torch.float32 else t, make(batch))
 
     def step(self, x, state):
         a, b = (leaf for _, leaf, _ in states.leaves(state))
-        y = self.proj(x) + 0.1 * a.float()
-        y = y + 0.1 * b.float() if b.shape == x.shape else y
+        y = self.proj(x) + 0.1 * a.to(x.dtype)
+        y = y + 0.1 * b.to(x.dtype) if b.shape == x.shape else y
         out = STEPS[self.cfg.name](self, x, y, state)
         return out if isinstance(out, tuple) else (out, Pair(a=y, b=0.5 * state.b + x))
 
@@ -357,3 +357,10 @@ def test_a_norm_that_hands_on_what_it_was_given():
     for layer in model.layers:
         layer.mixer_norm = torch.nn.Identity()
     both(model, 3)
+
+
+@pytest.mark.skipif(native.MISSING is not None, reason="no kernels")
+@pytest.mark.parametrize("name", ["plain", "float", "counter", "history", "thread", "begins at ones"])
+def test_under_bf16_each_block_is_held_to_its_step(name):
+    found = Decoder(probe("plain", name, "plain").bfloat16(), 3).explain()
+    assert [place for place, _ in found] == ([] if CASES[name][1] is None else ["layers.1.0"]), found
