@@ -123,8 +123,23 @@ def test_what_cannot_be_recorded_runs_all_the_same():
     model = model_of("gla").double()
     decoder, *_ = both(model, 2)
     assert "float64" in decoder.explain()[0][1]
-    decoder, *_ = both(model_of("mamba"), 65)
-    assert native.MISSING or "65 rows" in decoder.explain()[0][1]
+
+
+@pytest.mark.parametrize("batch", [64, 65, 130])
+def test_many_rows_are_several_programs(batch):
+    model = model_of("rwkv7", "mamba2", "attention")
+    decoder, tokens, logits = both(model, batch)
+    with torch.no_grad():
+        laws.same(laws._trimmed(decoder.state(), model(tokens)[1]), model(tokens)[1], "state")
+    if native.MISSING is None:
+        assert [place for place, _ in decoder.explain()] == ["layers.2.0"]
+        assert [replay.rows for replay in decoder._replays] == {64: [64], 65: [33, 32], 130: [44, 43, 43]}[batch]
+    end = -(-batch // -(-batch // 64))  # the first program alone
+    alone = Decoder(model, end)
+    with torch.no_grad():
+        alone.load(state.gather(model(tokens[:, :4])[1], range(end)))
+    for t in range(4, 9):
+        assert torch.equal(alone.step(tokens[:end, t]), logits[:end, t - 4])
 
 
 def test_without_kernels():

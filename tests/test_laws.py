@@ -140,10 +140,13 @@ class Overflows(Average):
         return y + 1e-30 * torch.exp(x * 3).clamp(max=torch.inf), state
 
 
-class BranchesOnValues(Average):
-    def step(self, x, state):
+class CountsItsCalls(Average):
+    calls = 0
+
+    def step(self, x, state):  # another function from the eleventh call on: no recording of one call can know
         y, after = super().step(x, state)
-        return (y if float(x.sum()) > 0 else 2 * y), after
+        self.calls += 1
+        return (y if self.calls < 11 else 2 * y), after
 
 
 BROKEN = {
@@ -160,7 +163,7 @@ BROKEN = {
     "bfloat16": LosesPrecision,
     "compile": DoesNotCompile,
     "gradients": HasDeadParameters,
-    "decode": BranchesOnValues,
+    "decode": CountsItsCalls,
 }
 
 

@@ -387,7 +387,8 @@ def test_killed_twice_it_ends_with_the_same_curve(tmp_path):
         assert written_so_far(tmp_path) == expected[: reached[-1]]
     assert reached[0] >= 5 and LONG.steps > reached[1] >= 30
     resumed = Trainer(model(), corpus(), LONG, tmp_path)
-    assert resumed.resume() == reached[1] // 7 * 7 > 0
+    # the line of a step is written before its checkpoint, and the kill may come between
+    assert resumed.resume() in (reached[1] // 7 * 7, (reached[1] - 1) // 7 * 7)
     assert losses(resumed.run()) == expected == written(tmp_path)
 
 

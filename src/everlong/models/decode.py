@@ -1,68 +1,72 @@
 """Decoding by a native program: a model's ``step`` is recorded once and replayed for every token.
 
-``Decoder(model, batch)`` owns a state and writes it in place. Its definition is ``model.step``; a test holds it to that
-for every mixer. Blocks with an operation that has no native form run through their own ``step_``, in between.
+``Decoder(model, batch)`` owns a state and writes it in place. Its definition is ``model.step``: it replays two random
+tokens beside it when it is made, and what differs runs in Python with a reason. Blocks that cannot be replayed run
+through their own ``step_``, in between.
+
+A program computes in fp32 throughout: under bf16 weights it keeps the digits that ``model.step`` rounds away between
+operations, so both differ by bf16's rounding (``numerics.TOLERANCE``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .. import shapes
+from .. import numerics, shapes
 from .. import state as states
-from ..mixers import base
 from ..ops import native
 from ..ops.native.product import MAX_ROWS
-from ..ops.native.program import Buffer, Program, Ref
-from ..ops.record import Recorder
+from .blocks import Layer
+from .guards import Unsupported
 from .lm import LanguageModel
-from .lowering import TOKENS, Lowering, Unsupported
+from .replay import Replay, Where, own, refuse_hooks
 
-Where = tuple[int, int]  # layer, and block within it
+CHECKED = 2  # tokens replayed beside ``model.step``
 
 
-class Part(NamedTuple):
-    """A piece of the step: instructions ``begin`` to ``end``, and the block that then runs in Python, if any."""
+class Cost(NamedTuple):
+    """Seconds that it took to make a decoder."""
 
-    begin: int
-    end: int
-    block: Where | None = None
-    x: Tensor | None = None  # the residual stream [B D], in the program's memory: read and written by the block
-    reason: str = ""
+    recording: float
+    checking: float
 
 
 class Decoder:
     """``decoder.step(tokens [B]) -> logits [B vocab]``, for a state that the decoder alone owns.
 
     ``load`` takes a state, ``state`` gives a copy of it. Logits are a view that the next step overwrites, in fp32
-    where the program runs natively. ``explain()`` says which blocks do not. Parameters are taken as they are when
-    it is made: make a new one after training. ``ValueError`` for ids outside the vocabulary, states of another model.
+    where the program runs natively. ``explain()`` says which blocks do not, ``cost`` what making it took. More than
+    64 rows are several programs. Parameters are taken as they are when it is made: make a new one after training.
+    ``ValueError`` for ids outside the vocabulary, states of another model.
     """
 
     def __init__(self, model: LanguageModel, batch: int = 1) -> None:
         if batch < 1:
             raise ValueError(f"batch must be at least 1 row, got {batch}")
-        self.model, self.batch = model, batch
-        self.reason = _refusal(model, batch)
+        self.model, self.batch, self.cost = model, batch, Cost(0.0, 0.0)
+        self.reason = _refusal(model)
+        self._replays: list[Replay] = []
         if self.reason is None:
-            try:
-                self._record()
-            except Unsupported as error:
-                self.reason = str(error)
+            with torch.inference_mode(False), torch.no_grad():
+                self.reason = self._make()
         if self.reason is not None:
             self._state: Any = model.init_state(batch)
+        elif len(self._replays) > 1:
+            self._logits = torch.cat([replay.logits for replay in self._replays])
 
     # ---- the public face ----
 
     def explain(self) -> list[tuple[str, str]]:
-        """The blocks that run in Python, with the reason; empty where the whole step is native."""
-        if self.reason is not None:
-            return [("model", self.reason)]
-        return [(f"layers.{part.block[0]}.{part.block[1]}", part.reason) for part in self._parts if part.block]
+        """The blocks that run in Python, with the reason; empty where the whole step is native.
+
+        Where all of the model does, that line comes first.
+        """
+        found = {block.name: block.reason for replay in self._replays for block in replay.blocks if block.reason}
+        return [*([("model", self.reason)] if self.reason is not None else []), *found.items()]
 
     def load(self, state: Any) -> None:
         """Take a copy of ``state`` [B rows] as the state to go on from."""
@@ -70,32 +74,18 @@ class Decoder:
         if self.reason is not None:
             self._state = states.map_leaves(torch.clone, state)
             return
-        for where, _ in self._blocks():
-            given = state.layers[where[0]][where[1]]
-            if where in self._python:
-                self._python[where] = states.map_leaves(torch.clone, given)
-                continue
-            for (_, mine, _), (_, leaf, _) in zip(
-                states.leaves(self._memory[where]), states.leaves(given), strict=True
-            ):
-                mine.copy_(leaf)
-        self._position = state.position.clone()
+        begin = 0
+        for replay in self._replays:
+            rows = slice(begin, begin + replay.rows)
+            replay.load(state if len(self._replays) == 1 else states.map_leaves(lambda leaf, r=rows: leaf[r], state))
+            begin += replay.rows
 
     def state(self) -> Any:
         """A copy of the state after all tokens so far, as ``model.step`` would return it."""
         if self.reason is not None:
             return states.map_leaves(torch.clone, self._state)
-        layers: list[list[Any]] = [[] for _ in self.model.layers]
-        for where, block in self._blocks():
-            if where in self._python:
-                kept = states.map_leaves(torch.clone, self._python[where])
-            else:
-                dtypes = [leaf.dtype for _, leaf, _ in states.leaves(block.init_state(0))]
-                pairs = zip(states.leaves(self._memory[where]), dtypes, strict=True)
-                values = [leaf.to(dtype, copy=True) for (_, leaf, _), dtype in pairs]
-                kept = states.rebuild(self._memory[where], iter(values))
-            layers[where[0]].append(kept)
-        return self.model.State(layers=tuple(map(tuple, layers)), position=self._position.clone())
+        kept = [replay.state() for replay in self._replays]
+        return kept[0] if len(kept) == 1 else states.stack(kept)
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
@@ -105,15 +95,14 @@ class Decoder:
             logits, self._state = self.model.step_(tokens, self._state)
             return logits
         tokens = tokens.long().contiguous()
-        for part in self._parts:
-            self.program.run(part.begin, part.end, tokens)
-            if part.block is not None:
-                assert part.x is not None
-                norm, block = self.model.layers[part.block[0]]._blocks()[part.block[1]]
-                y, self._python[part.block] = block.step_(norm(part.x), self._python[part.block])
-                part.x.add_(y)
-        self._position += 1
-        return self.logits
+        if len(self._replays) == 1:
+            return self._replays[0].step(tokens)
+        begin = 0
+        for replay in self._replays:
+            end = begin + replay.rows
+            self._logits[begin:end] = replay.step(tokens[begin:end])
+            begin = end
+        return self._logits
 
     def _check(self, tokens: Tensor) -> None:
         shapes.dims(f"tokens {self.batch}", tokens)
@@ -126,89 +115,140 @@ class Decoder:
                 "was the text encoded with this model's tokenizer?"
             )
 
-    def _blocks(self) -> Iterator[tuple[Where, Any]]:
-        for layer, module in enumerate(self.model.layers):
-            for index, (_, block) in enumerate(module._blocks()):
-                yield (layer, index), block
+    # ---- making it ----
 
-    # ---- recording ----
+    def _make(self) -> str | None:
+        """Record until the replay is what ``model.step`` is; a reason where that cannot be."""
+        python: dict[Where, str] = {}
+        drawn = torch.get_rng_state()
+        while True:
+            self._rewind(drawn)
+            begun = time.perf_counter()
+            reason = self._record(python)
+            recorded = time.perf_counter()
+            found = {} if reason is not None else self._differing()
+            spent = Cost(recorded - begun, time.perf_counter() - recorded)
+            self.cost = Cost(*(a + b for a, b in zip(self.cost, spent, strict=True)))
+            if reason is not None or not found or None in found:
+                self._rewind(drawn, failed=reason is not None or None in found)
+                return reason or found.get(None)
+            python |= found  # type: ignore[arg-type]
 
-    @torch.no_grad()
-    def _record(self) -> None:
-        """One step of zeros, block by block, and the program made of it."""
-        self.program = Program()
-        self._parts: list[Part] = []
-        self._memory: dict[Where, Any] = {}
-        self._python: dict[Where, Any] = {}
-        self._position = torch.zeros(self.batch, dtype=torch.long)
-        to, side = Lowering(self.program), {}  # type: ignore[var-annotated]
-        tokens = torch.zeros(self.batch, dtype=torch.long)
-        to.bind(tokens, TOKENS)
-        with Recorder() as record:
-            x = self.model.embed(tokens)
-        to.lower(record.calls)
-        self._views: list[tuple[int, Ref]] = []
-        for where, block in self._blocks():
-            x = self._record_block(to, where, block, x, side)
-            to.forget(x, *side.values())
-        with Recorder() as record:
-            logits = self.model.logits(self.model.norm(x))
-        to.lower(record.calls)
-        self._parts.append(Part(self._parts[-1].end if self._parts else 0, len(self.program.instructions)))
-        final = to.ref(logits)
-        self.program.touch(final.buffer)
-        self.program.finish()
-        self.logits = self.program.view(final, logits.shape)
-        for index, ref in self._views:
-            self._parts[index] = self._parts[index]._replace(x=self.program.view(ref, x.shape))
+    def _rewind(self, drawn: Tensor, *, failed: bool = False) -> None:
+        """Give back the random numbers that what runs in Python has drawn; what is native draws none."""
+        draws = failed or any(block.reason for replay in self._replays for block in replay.blocks)
+        if draws and not torch.equal(torch.get_rng_state(), drawn):
+            torch.set_rng_state(drawn)
 
-    def _record_block(self, to: Lowering, where: Where, block: Any, x: Tensor, side: dict[str, Tensor]) -> Tensor:
-        """Instructions of ``x + block(norm(x))``, or a part that leaves it to Python. Returns the recorded sum."""
-        norm, length = self.model.layers[where[0]]._blocks()[where[1]][0], len(self.program.instructions)
-        try:
-            if type(block).step_ is not base.Mixer.step_:
-                raise Unsupported(f"{type(block).__name__} has its own step in place")
-            return self._lower_block(to, where, block, norm, x, side)
-        except Unsupported as error:
-            if block.side:
-                raise Unsupported(f"{type(block).__name__} shares values with other layers: {error}") from error
-            del self.program.instructions[length:]
-            to.prepared = {}
-            self._memory.pop(where, None)
-            self._python[where] = block.init_state(self.batch)
-            self._views.append((len(self._parts), to.ref(x)))
-            self._parts.append(Part(self._parts[-1].end if self._parts else 0, length, where, None, str(error)))
-            return x
+    def _record(self, python: dict[Where, str]) -> str | None:
+        parts = -(-self.batch // MAX_ROWS)
+        sizes = [self.batch // parts + (part < self.batch % parts) for part in range(parts)]
+        self._replays = []
+        for rows in sizes:
+            self._replays.append(Replay(self.model, rows, python))
+            try:
+                self._replays[-1].record()
+            except Unsupported as error:
+                return str(error)
+            except Exception as error:  # what a step does while it is recorded, or a rule has not foreseen
+                return f"recording failed: {type(error).__name__}: {error}"
+        return None
 
-    def _lower_block(
-        self, to: Lowering, where: Where, block: Any, norm: Any, x: Tensor, side: dict[str, Tensor]
-    ) -> Tensor:
-        before = block.init_state(self.batch)
-        memory = states.map_leaves(lambda leaf: torch.zeros(leaf.shape), before)
-        pairs = list(zip(states.leaves(before), states.leaves(memory), strict=True))
-        for (name, leaf, _), (_, mine, _) in pairs:
-            if not leaf.is_contiguous() or not (leaf.is_floating_point() or leaf.dtype == torch.bool):
-                raise Unsupported(f"{name} of dtype {leaf.dtype}, or not in one piece")
-            if leaf.numel():
-                to.bind(leaf, Buffer(leaf.numel(), mine))
-        with Recorder() as record:
-            y, after = block.step(norm(x), before, **({"side": side} if block.side else {}))
-            total = x + y
-        to.lower(record.calls)
-        for (_, leaf, _), (_, kept, _) in zip(states.leaves(before), states.leaves(after), strict=True):
-            if leaf.numel():
-                to.keep(kept, leaf)
-        self._memory[where] = memory
-        return total
+    def _differing(self) -> dict[Where | None, str]:
+        """The blocks whose replay is not their step, with the reason; under None a reason against all of it."""
+        for replay in self._replays:
+            try:
+                found = self._beside(replay)
+            except Exception as failed:
+                return {None: f"two tokens beside model.step: {type(failed).__name__}: {failed}"}
+            if found:
+                return found
+            replay.load(self.model.init_state(replay.rows))
+        return {}
+
+    def _beside(self, replay: Replay) -> dict[Where | None, str]:
+        """What differs in two random tokens, the second one from the state that the first has left.
+
+        Where numbers are rounded to few digits, two right forms of a deep model drift apart: there each block alone
+        is held to its step, elsewhere the whole first.
+        """
+        numbers = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, self.model.cfg.vocab_size, (CHECKED, replay.rows), generator=numbers)
+        rounded = replay.half or self.model.weights is not None
+        dtype = torch.bfloat16 if rounded else torch.float32
+        whole = None if rounded else self._whole(replay, ids)
+        if not rounded and whole is None:
+            return {}
+        replay.load(self.model.init_state(replay.rows))
+        found: dict[Where | None, str] = {}
+        for tokens in ids:
+            for where, name in replay.differing(tokens, lambda got, want: _alike(got, want, dtype)):
+                found[where] = f"replayed, {name} differs from " + ("its step" if where else "the model's")
+        return found or ({None: whole} if whole else {})
+
+    def _whole(self, replay: Replay, ids: Tensor) -> str | None:
+        want = self.model.init_state(replay.rows)
+        for tokens in ids:
+            drawn = torch.get_rng_state()
+            logits, want = self.model.step(tokens, want)
+            self._rewind(drawn)  # a block in Python may draw: the same numbers for both
+            if not _alike(replay.step(tokens), logits, torch.float32):
+                return "replayed, logits differ from those of model.step"
+        same = _alike(replay.state(), want, torch.float32)
+        return None if same else "replayed, states differ from those of model.step"
 
 
-def _refusal(model: LanguageModel, batch: int) -> str | None:
+def _alike(got: Any, want: Any, dtype: torch.dtype) -> bool:
+    """Are all tensors equal within the tolerance of ``dtype``? NaN equals NaN, and spare room is not counted."""
+    pairs = zip(states.leaves(got), states.leaves(want), strict=True)
+    return all(_equal(*_common(mine, leaf, pad), dtype) for (_, mine, pad), (_, leaf, _) in pairs)
+
+
+def _equal(got: Tensor, want: Tensor, dtype: torch.dtype) -> bool:
+    if got.shape != want.shape or not want.is_floating_point():
+        return bool(got.shape == want.shape and (got == want).all())
+    got, want = got.float(), want.float()
+    finite = torch.isfinite(want)
+    if not torch.equal(finite, torch.isfinite(got)):
+        return False
+    whole, row = numerics.relative_errors(got.where(finite, 0), want.where(finite, 0))
+    limit = numerics.TOLERANCE[dtype]
+    return whole <= limit and row <= limit * numerics.ROW[dtype]
+
+
+def _common(got: Tensor, want: Tensor, pad: str | None) -> tuple[Tensor, Tensor]:
+    """Both without spare room in a leaf that grows."""
+    if pad is None:
+        return got, want
+    length = min(got.shape[1], want.shape[1])
+    return (got[:, :length], want[:, :length]) if pad == "end" else (got[:, -length:], want[:, -length:])
+
+
+def _refusal(model: LanguageModel) -> str | None:
     """Why this model cannot be recorded at all, or None."""
     if native.MISSING is not None:
         return native.MISSING
-    if batch > MAX_ROWS:
-        return f"a batch of {batch} rows; the native products take {MAX_ROWS}"
     for name, x in model.state_dict().items():
         if x.device.type != "cpu" or x.dtype in (torch.float64, torch.float16):
             return f"{name} is {x.dtype} on {x.device}; the kernels take fp32 and bf16 on the CPU"
+    try:
+        _refuse_own(model)
+    except Unsupported as error:
+        return str(error)
     return None
+
+
+def _refuse_own(model: LanguageModel) -> None:
+    """``Unsupported`` where something else than the recorded blocks has a part in ``model.step``."""
+    hooks = nn.modules.module
+    if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+        raise Unsupported("a forward hook for all modules")
+    if own(model, LanguageModel, "step", "_step", "step_"):
+        raise Unsupported(f"{type(model).__name__} has its own step")
+    for index, layer in enumerate(model.layers):
+        if own(layer, Layer, "step", "_blocks"):
+            raise Unsupported(f"layers.{index} has its own step")
+    for name in ("embedding", "embed_norm", "norm", "head"):
+        part = getattr(model, name)
+        if part is not None:
+            refuse_hooks(part, name)

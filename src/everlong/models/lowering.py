@@ -1,15 +1,15 @@
 """From a recorded step to a native program: every operation that depends on the token becomes instructions.
 
 What depends on parameters alone was computed while recording and is taken as it is. Views cost nothing: a tensor is
-a buffer, an offset and strides. Operations without a native form raise ``Unsupported``; the block that uses them then
-runs through its own ``step``.
+a buffer, an offset and strides. What has no native form, or could be wrong for another token than the recorded one,
+raises ``Unsupported`` (``guards.py``: what no rule could make right); the block then runs through its own ``step``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,49 +18,43 @@ from ..ops import native
 from ..ops.native.product import MAX_ROWS
 from ..ops.native.program import Buffer, Instruction, Program, Ref
 from ..ops.record import Call
+from . import guards
+from .guards import Unsupported
 
 BIG = 1 << 14  # numbers from which all threads share an elementwise instruction
 COSTLY = {"exp", "sigmoid", "silu", "gelu", "gelu_tanh", "softplus", "tanh", "log", "log1p", "expm1", "sin", "cos"}
-LEAVES: dict[str, Callable[..., None]] = {}
-ATEN: dict[str, Callable[..., None]] = {}
 WEIGHTS = {torch.float32: 0, torch.bfloat16: 1}
+TRUTHS = {"lt", "le", "gt", "ge", "eq", "ne", "not", "and", "or"}  # instructions that give 0 or 1
 TOKENS = Buffer(0)  # stands for the ids, which every run is given anew
 
 
-class Unsupported(Exception):
-    """This operation has no native form."""
+class Rules(NamedTuple):
+    """The native forms: of PyTorch's operations by name, and of functions marked with ``leaf``."""
 
-
-def _leaf(function: Callable[..., None]) -> Callable[..., None]:
-    LEAVES[function.__name__.lstrip("_")] = function
-    return function
-
-
-def _aten(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    def note(function: Callable[..., None]) -> Callable[..., None]:
-        ATEN.update(dict.fromkeys(names, function))
-        return function
-
-    return note
+    aten: dict[str, Callable[..., None]]
+    leaves: dict[Any, Callable[..., None]]
 
 
 class Lowering:
     """Grows ``program`` call by call. ``places`` knows the buffer of every value that depends on the token."""
 
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        self.zero = Ref(Buffer(1, torch.zeros(1)))  # the imaginary part of what is real
+    def __init__(self, program: Program, rules: Rules, dtypes: set[torch.dtype], tokens: Tensor) -> None:
+        self.program, self.rules, self.dtypes = program, rules, dtypes  # dtypes: of values that depend on the token
+        self.zero = Ref(Buffer(1, torch.zeros(1, dtype=torch.float32)))  # the imaginary part of what is real
+        self.states: set[int] = set()  # ids of the buffers of the states of the block at hand
         self.places: dict[int, Buffer] = {}
         self.alive: list[Any] = []  # recorded tensors, so that no address is used twice
         self.stale: set[int] = set()  # values whose memory an in-place step has taken over
         self.moved: dict[int, Ref] = {}  # states after a step in place
         self.prepared: dict[tuple[Any, ...], Ref] = {}
+        self.rows = len(tokens)
+        self.bind(tokens, TOKENS)
 
     def forget(self, *needed: Tensor) -> None:
         """Let go of the recorded values but ``needed``; their memory may then be given to others."""
         keys = {_key(tensor) for tensor in needed}
         self.places = {key: buffer for key, buffer in self.places.items() if key in keys}
-        self.alive, self.stale, self.moved, self.prepared = list(needed), set(), {}, {}
+        self.alive, self.stale, self.moved, self.prepared, self.states = list(needed), set(), {}, {}, set()
 
     # ---- values ----
 
@@ -68,6 +62,19 @@ class Lowering:
         """From here on, the memory of ``tensor`` means ``buffer``."""
         self.alive.append(tensor)
         self.places[_key(tensor)] = buffer
+
+    def bind_state(self, tensor: Tensor, memory: Tensor) -> None:
+        """``tensor`` is a state before the step; it lies in ``memory`` from one token to the next."""
+        self.bind(tensor, Buffer(memory.numel(), memory))
+        self.states.add(id(self.places[_key(tensor)]))
+
+    def is_state(self, tensor: Tensor) -> bool:
+        """Does this value lie in the memory of a state, where the next step writes?"""
+        return self.known(tensor) and id(self.places[_key(tensor)]) in self.states
+
+    def is_tokens(self, tensor: Tensor) -> bool:
+        """Are these the ids of the step, all of them and in order?"""
+        return self.known(tensor) and self.places[_key(tensor)] is TOKENS and tensor.shape == (self.rows,)
 
     def known(self, tensor: Any) -> bool:
         """Does this value depend on the token?"""
@@ -80,9 +87,20 @@ class Lowering:
         if self.known(tensor):
             if _key(tensor) in self.stale:
                 raise Unsupported("the state from before an in-place step is read again")
-            return Ref(self.places[_key(tensor)], int(tensor.storage_offset()), tensor.stride())
-        constant = tensor.detach().float()
+            return self._inside(tensor, 1)
+        constant = tensor.detach().resolve_neg().float()
         return Ref(Buffer(constant.numel(), constant), 0, constant.stride())
+
+    def _inside(self, tensor: Tensor, numbers: int) -> Ref:
+        """Where a known tensor lies, in units of ``numbers``; never beyond what its buffer holds."""
+        buffer, offset = self.places[_key(tensor)], numbers * int(tensor.storage_offset())
+        if buffer is TOKENS:
+            raise Unsupported("token ids that are used as numbers")
+        if tensor.is_neg() or tensor.dtype not in self.dtypes:
+            raise Unsupported(f"values of dtype {tensor.dtype}" if not tensor.is_neg() else "a view of minus a value")
+        if offset + numbers * _extent(tensor) > buffer.numbers:
+            raise Unsupported("a view beyond the value that it is a view of")
+        return Ref(buffer, offset, tuple(numbers * s for s in tensor.stride()))
 
     def constant(self, tensor: Tensor) -> Ref:
         """A parameter or what was made of parameters, contiguous in fp32."""
@@ -92,11 +110,12 @@ class Lowering:
 
     def new(self, tensor: Tensor) -> Ref:
         """Memory for the value ``tensor``."""
-        if not tensor.is_floating_point() and tensor.dtype != torch.bool:
+        if tensor.dtype not in self.dtypes:
             raise Unsupported(f"values of dtype {tensor.dtype}")
+        if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+            raise Unsupported(f"values on {tensor.device}, laid out as {tensor.layout}")
         if not self.known(tensor):
-            size = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-            self.bind(tensor, Buffer(int(tensor.storage_offset()) + size))
+            self.bind(tensor, Buffer(int(tensor.storage_offset()) + _extent(tensor)))
         return self.ref(tensor)
 
     def dense(self, tensor: Tensor) -> Ref:
@@ -110,7 +129,7 @@ class Lowering:
     def parts(self, value: Any, shape: Sequence[int]) -> tuple[Ref, Ref]:
         """The real and the imaginary part of ``value``, broadcast to ``shape``; complex numbers lie as pairs."""
         if not isinstance(value, Tensor):
-            value = torch.tensor(value)
+            value = torch.tensor(value, dtype=torch.complex64 if isinstance(value, complex) else torch.float32)
         if not value.is_complex():
             real = self.ref(value.expand(shape)) if self.known(value) else self.repeat(value, shape)
             return real, self.zero._replace(strides=(0,) * len(shape))
@@ -119,12 +138,13 @@ class Lowering:
             return self.repeat(pair[..., 0], shape), self.repeat(pair[..., 1], shape)
         if value.is_conj() or _key(value) in self.stale:
             raise Unsupported("a conjugate, or a state from before an in-place step")
-        strides = tuple(2 * s for s in value.expand(shape).stride())
-        real = Ref(self.places[_key(value)], 2 * int(value.storage_offset()), strides)
+        real = self._inside(value.expand(shape), 2)
         return real, real._replace(offset=real.offset + 1)
 
     def new_parts(self, tensor: Tensor) -> tuple[Ref, Ref]:
         """Memory for the complex value ``tensor``."""
+        if tensor.dtype not in self.dtypes:
+            raise Unsupported(f"values of dtype {tensor.dtype}")
         if not self.known(tensor):
             self.new(torch.view_as_real(tensor))
         return self.parts(tensor, tensor.shape)
@@ -136,8 +156,8 @@ class Lowering:
 
     def own(self, state: Tensor, after: Tensor) -> Ref:
         """The memory of a state that a step changes in place into ``after``; as it was, it can no longer be read."""
-        if not self.known(state):
-            raise Unsupported("a constant state")
+        if not self.known(state) or after.shape != state.shape or after.dtype != state.dtype:
+            raise Unsupported("a constant state, or one of another shape or dtype than the state after it")
         memory = self.dense(state)
         self.alive.append(after)
         self.places[_key(after)], self.moved[_key(after)] = memory.buffer, memory
@@ -149,6 +169,8 @@ class Lowering:
     def keep(self, after: Tensor, state: Tensor) -> None:
         """At the end of a step: the memory of ``state`` takes the value ``after``."""
         home = self.places[_key(state)]
+        if after.shape != state.shape or after.dtype != state.dtype:
+            raise Unsupported(f"a state {_name(state)} that becomes {_name(after)}")
         if _key(after) in self.moved:
             source = self.moved[_key(after)]._replace(strides=state.stride())
         else:
@@ -157,7 +179,7 @@ class Lowering:
             if source.offset or source.strides != state.stride():
                 raise Unsupported("a state that moves within its own memory")
             return
-        if source.buffer.given is not None and self.known(after):
+        if id(source.buffer) in self.states:
             raise Unsupported("a state that becomes another")
         self.map("copy", state.shape, Ref(home, 0, state.stride()), [source])
 
@@ -179,7 +201,8 @@ class Lowering:
 
     def elementwise(self, name: str, out: Tensor, *inputs: Any, scalars: Sequence[float] = ()) -> None:
         """``out = name(inputs)``, broadcast; numbers may stand for tensors."""
-        tensors = [x if isinstance(x, Tensor) else torch.tensor(float(x)) for x in inputs]
+        guards.truths(name, out, inputs, TRUTHS)
+        tensors = [x if isinstance(x, Tensor) else torch.tensor(float(x), dtype=torch.float32) for x in inputs]
         refs = [self.ref(x.expand(out.shape)) if self.known(x) else self.repeat(x, out.shape) for x in tensors]
         self.map(name, out.shape, self.new(out), refs, scalars)
 
@@ -191,6 +214,8 @@ class Lowering:
 
     def reduce(self, name: str, out: Tensor, x: Tensor, dims: Sequence[int]) -> None:
         """``out = name(x)`` over ``dims``; out has one number for each of the others."""
+        if not x.dim() or not out.is_floating_point():
+            raise Unsupported(f"{name} of {_name(x)} into {_name(out)}")
         gone = {d % x.dim() for d in dims} or set(range(x.dim()))
         kept = [d for d in range(x.dim()) if d not in gone]
         ref, target = self.ref(x), self.new(out)
@@ -223,7 +248,7 @@ class Lowering:
         simple = x.dim() == 2 and x.stride(1) == 1
         source = self.ref(x) if simple else self.dense(x)
         strides = (x.stride(0) if simple else shape[1], 1)
-        key = (source.buffer, source.offset, kind, shape[1], rows)
+        key = (source.buffer, source.offset, strides, kind, shape[1], rows)
         if key not in self.prepared:
             space = Ref(Buffer(-(-native.count("ev_product_scratch", *numbers, rows) // 4)))
             at = Ref(source.buffer, source.offset, strides)
@@ -246,38 +271,52 @@ class Lowering:
     # ---- calls ----
 
     def lower(self, calls: Sequence[Call]) -> None:
-        """Append the instructions of recorded calls. ``Unsupported`` names an operation without a native form."""
+        """Append the instructions of recorded calls. ``Unsupported`` names what has no native form."""
+        made: set[int] = set()  # memory that the recording allocated
+        read: set[int] = set()  # constants that the program reads
+        for call in calls:  # first of all: what is drawn says more than what is done with it
+            guards.random(call)
         for call in calls:
             self.alive.append(call)
-            tensors = [x for x in _flat((call.args, call.kwargs)) if isinstance(x, Tensor)]
-            if any(self.known(x) for x in tensors):
+            tensors = guards.tensors((call.args, call.kwargs))
+            known = [self.known(x) for x in tensors]
+            for x in guards.written(call):
+                mine = self.known(x) and self.places[_key(x)].given is None
+                if not mine and (any(known) or _key(x) not in made or _key(x) in read):
+                    raise Unsupported(f"{guards.name(call)} changes memory that is no value of the token's")
+            if any(known):
                 self._lower(call)
+                read |= {_key(x) for x, of_token in zip(tensors, known, strict=True) if not of_token}
+            made |= {_key(x) for x in guards.tensors(call.out)} - {_key(x) for x in tensors}
 
     def _lower(self, call: Call) -> None:
-        if isinstance(call.op, str):
-            if call.op not in LEAVES:
-                raise Unsupported(call.op)
-            LEAVES[call.op](self, call.out, **call.kwargs)
-            return
-        outs = [x for x in _flat(call.out) if isinstance(x, Tensor) and x.numel()]
-        if not call.op._schema.is_mutable and all(self.known(x) for x in outs):
-            return  # a view
-        name = call.op._schema.name.removeprefix("aten::").removesuffix("_" if call.op._schema.is_mutable else "\0")
-        if name not in ATEN:
-            raise Unsupported(str(call.op))
-        ATEN[name](self, name, call.out, *call.args, **call.kwargs)
+        rule = self.rules.leaves.get(call.op)
+        if rule is not None:
+            return rule(self, call.out, **call.kwargs)
+        guards.numbers_read(call)
+        outs = guards.tensors(call.out)
+        if guards.is_view(call) and all(self.known(x) for x in outs if x.numel()):
+            return None
+        name = guards.rule_name(call)
+        rule = self.rules.aten.get(name)
+        if rule is None:
+            raise Unsupported(guards.name(call))
+        if any(self.known(x) for x in outs) and not guards.written(call):
+            raise Unsupported(f"{guards.name(call)}, whose result shares memory with its input")
+        return rule(self, name, call.out, **guards.options(call, rule))
 
 
 def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _flat(tree: Any) -> list[Any]:
-    if isinstance(tree, (tuple, list)):
-        return [leaf for item in tree for leaf in _flat(item)]
-    if isinstance(tree, dict):
-        return _flat(list(tree.values()))
-    return [tree]
+def _extent(tensor: Tensor) -> int:
+    """Numbers from the first of ``tensor`` to its last, in its own units."""
+    return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
+
+
+def _name(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def _collapse(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[list[int], list[tuple[int, ...]]]:
@@ -295,6 +334,3 @@ def _collapse(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[l
     axes = [[1, *[0] * len(strides)]] * (4 - len(axes)) + axes
     columns = list(zip(*axes, strict=True))
     return list(columns[0]), [tuple(column) for column in columns[1:]]
-
-
-from . import instructions as instructions  # noqa: E402  (fills LEAVES and ATEN)

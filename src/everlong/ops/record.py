@@ -2,6 +2,7 @@
 
 ``Recorder`` notes every PyTorch operation while it runs. A function marked with ``leaf`` is noted as one call under its
 own name, not by what happens inside it: the steps of the recurrences and linear maps, which have kernels of their own.
+What reads a tensor's memory without an operation (``numpy``, ``tolist``, ``data_ptr``) is noted too.
 """
 
 from __future__ import annotations
@@ -13,19 +14,38 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 F = TypeVar("F", bound=Callable[..., Any])
 _LOCAL = threading.local()
+READS = {"numpy", "tolist", "data_ptr", "untyped_storage", "storage", "_typed_storage", "__array__", "__dlpack__"}
 
 
 class Call(NamedTuple):
-    """One recorded call: an operation of PyTorch, or the name of a ``leaf``, with all of its arguments by name."""
+    """One recorded call, with all of its arguments.
+
+    ``op`` is an operation of PyTorch, a function marked with ``leaf`` (its arguments by name), or one of ``READS``.
+    """
 
     op: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     out: Any
+
+
+class _Reads(TorchFunctionMode):
+    """Notes calls that reach the numbers of a tensor past PyTorch's operations, or put other numbers in their place."""
+
+    def __init__(self, record: Recorder) -> None:
+        super().__init__()
+        self.record = record
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not self.record.inside and (func.__name__ in READS or func == torch.Tensor.data.__set__):  # type: ignore
+            self.record.calls.append(Call(func, args, kwargs or {}, None))
+        return out
 
 
 class Recorder(TorchDispatchMode):
@@ -39,14 +59,17 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.calls: list[Call] = []
         self.inside = 0  # leaves under way
+        self._reads = _Reads(self)
 
     def __enter__(self) -> Recorder:
-        _LOCAL.recorder = self
         super().__enter__()
+        self._reads.__enter__()
+        _LOCAL.recorders = [*_recorders(), self]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        _LOCAL.recorder = None
+        _LOCAL.recorders = _recorders()[:-1]
+        self._reads.__exit__(*error)
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -56,9 +79,13 @@ class Recorder(TorchDispatchMode):
         return out
 
 
+def _recorders() -> list[Recorder]:
+    return getattr(_LOCAL, "recorders", [])
+
+
 def recording() -> Recorder | None:
-    """The recorder at work in this thread, or None."""
-    return getattr(_LOCAL, "recorder", None)
+    """The innermost recorder at work in this thread, or None."""
+    return next(reversed(_recorders()), None)
 
 
 def leaf(function: F) -> F:
@@ -67,17 +94,20 @@ def leaf(function: F) -> F:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        recorder = None if torch.compiler.is_compiling() else recording()
-        if recorder is None or recorder.inside:
+        if torch.compiler.is_compiling() or recording() is None:
             return function(*args, **kwargs)
+        recorders = [recorder for recorder in _recorders() if not recorder.inside]
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        recorder.inside += 1
+        for recorder in recorders:
+            recorder.inside += 1
         try:
             out = function(*args, **kwargs)
         finally:
-            recorder.inside -= 1
-        recorder.calls.append(Call(function.__name__, (), dict(bound.arguments), out))
+            for recorder in recorders:
+                recorder.inside -= 1
+        for recorder in recorders:
+            recorder.calls.append(Call(call, (), dict(bound.arguments), out))
         return out
 
     return call  # type: ignore[return-value]

@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <cmath>
+#include <vector>
 
 #include "product.h"
 #include "steps.h"
@@ -128,7 +129,7 @@ void map1(const Instruction &i, Share share) {
     case TANH: return run([](vf x) { return accurate_tanh(x); });
     case GELU: return run([](vf x) { return lanewise(x, [](float a) { return 0.5f * a * (1 + std::erf(a * 0.70710678f)); }); });
     case GELU_TANH: return run([](vf x) { return x * sigmoid(1.5957691216f * (x + 0.044715f * x * x * x)); });
-    case RELU: return run([](vf x) { return select(x > 0.0f, x, vf{}); });
+    case RELU: return run([](vf x) { return select(x < 0.0f, vf{}, x); });  // NaN stays NaN, here and below
     case SOFTPLUS: return run([](vf x) { return softplus(x); });
     case LOG_SIGMOID: return run([](vf x) { return -softplus(-x); });
     case ELU: return run([](vf x) {
@@ -154,8 +155,8 @@ void map2(const Instruction &i, Share share) {
     case SUB: return run([](vf x, vf y) { return x - y; });
     case MUL: return run([](vf x, vf y) { return x * y; });
     case DIV: return run([](vf x, vf y) { return x / y; });
-    case MAXIMUM: return run([](vf x, vf y) { return select(x > y, x, y); });
-    case MINIMUM: return run([](vf x, vf y) { return select(x < y, x, y); });
+    case MAXIMUM: return run([](vf x, vf y) { return select((x > y) | (x != x), x, y); });
+    case MINIMUM: return run([](vf x, vf y) { return select((x < y) | (x != x), x, y); });
     case LT: return run([](vf x, vf y) { return truth(x < y); });
     case LE: return run([](vf x, vf y) { return truth(x <= y); });
     case GT: return run([](vf x, vf y) { return truth(x > y); });
@@ -287,7 +288,9 @@ void scan(const Instruction &i, Share share) {
 }
 
 void heads(const Instruction &i, Share share) {
-  float decay[1024];
+  float few[256];
+  std::vector<float> many(i.size[2] > 256 ? i.size[2] : 0);
+  float *decay = many.empty() ? few : many.data();  // of every key
   const int64_t H = i.size[1], all = i.size[0] * H;
   for (int64_t task = share.begin(all); task < share.end(all); task++)
     if (i.code == ATTEND)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import call, waiting
+from . import call, count, waiting
 
 ALIGN = 16  # floats between the beginnings of two buffers
 ONE = ["copy", "neg", "abs", "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "reciprocal", "sigmoid", "silu", "tanh"]
@@ -100,7 +100,8 @@ class Program:
 
     def finish(self) -> None:
         """Give every buffer its place and encode the list."""
-        self.arena = torch.zeros(_lay_out(self._buffers()))
+        self.arena = torch.zeros(_lay_out(self._buffers()), dtype=torch.float32)
+        assert ctypes.sizeof(_CInstruction) == count("ev_program_instruction_bytes"), "program.cpp has another layout"
         self.encoded = (_CInstruction * len(self.instructions))()
         for line, instruction in zip(self.encoded, self.instructions, strict=True):
             self._encode(line, instruction)
