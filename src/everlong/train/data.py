@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..tokenizer import ByteTokenizer, Tokenizer
+from ..tokenizer import ByteTokenizer, Tokenizer, utf8, without_nul
 
 _SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 
@@ -72,9 +72,14 @@ class Corpus:
         return cls._pack(texts, tokenizer or ByteTokenizer(), skipped)
 
     @classmethod
-    def from_texts(cls, texts: Iterable[str | bytes], tokenizer: Tokenizer | None = None) -> Corpus:
-        """A corpus of documents that are already in memory. ``ValueError`` where all are empty."""
-        data = [text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text for text in texts]
+    def from_texts(cls, texts: str | bytes | Iterable[str | bytes], tokenizer: Tokenizer | None = None) -> Corpus:
+        """A corpus of documents that are already in memory; a single text is one document.
+
+        ``ValueError`` where all are empty, or one holds the separator (a NUL, for bytes).
+        """
+        if isinstance(texts, (str, bytes)):
+            texts = [texts]
+        data = [text if isinstance(text, bytes) else utf8(text) for text in texts]
         if not any(data):
             raise ValueError("the texts are empty; give at least one character")
         return cls._pack([text for text in data if text], tokenizer or ByteTokenizer(), {})
@@ -213,7 +218,7 @@ def _order(seed: int, epoch: int, count: int, slack: int) -> tuple[int, np.ndarr
 def _encode(text: bytes, tokenizer: Tokenizer) -> np.ndarray:
     """Token ids of a document, separator first: uint8 for bytes, else int32."""
     if isinstance(tokenizer, ByteTokenizer):
-        return np.frombuffer(b"\0" + text, dtype=np.uint8)
+        return np.frombuffer(b"\0" + without_nul(text), dtype=np.uint8)
     eos = [] if tokenizer.eos is None else [tokenizer.eos]
     return np.array(eos + tokenizer.encode(text.decode("utf-8", errors="replace")), dtype=np.int32)
 
