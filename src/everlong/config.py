@@ -20,6 +20,8 @@ from typing import Any, ClassVar
 import torch
 from typing_extensions import Self
 
+from .arguments import Bounds, check
+
 BLOCKS = ("everlong.models.blocks", "everlong.models.channel_mix")
 
 
@@ -35,6 +37,10 @@ class Config:
     """Base of all configurations. Subclasses add fields with plain JSON values or further configs."""
 
     owner: ClassVar[Any] = None  # the class this configures, set when that class is created
+    bounds: ClassVar[Bounds] = {}  # of numbers that are not simply positive, by field (see ``arguments``)
+
+    def __post_init__(self) -> None:
+        check(self)
 
     @property
     def kind(self) -> str:

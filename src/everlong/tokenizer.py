@@ -16,6 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from .arguments import ids
+
 FILE = "tokenizer.json"
 
 
@@ -61,7 +63,7 @@ class ByteTokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of bytes; broken characters become U+FFFD."""
-        return _as_bytes(tokens).decode("utf-8", errors="replace")
+        return _as_bytes(ids("tokens", tokens)).decode("utf-8", errors="replace")
 
     def decoder(self, prompt: Sequence[int] = ()) -> Decoder:
         """A fresh incremental decoder of what continues ``prompt``."""
@@ -174,7 +176,7 @@ class FileTokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""
-        return self.library.decode(list(tokens))
+        return self.library.decode(list(ids("tokens", tokens)))
 
     def decoder(self, prompt: Sequence[int] = ()) -> Decoder:
         """A fresh incremental decoder of what continues ``prompt``."""

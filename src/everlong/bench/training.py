@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import arguments
 from ..config import find
 from ..models.blocks import Layer, Norm, SwiGLU, pattern
 from ..models.channel_mix import ChannelMix
@@ -41,6 +42,9 @@ class Shape:
     context: int = 512
     vocab_size: int = 256
     dtypes: tuple[str, ...] = ("fp32", "bf16")
+
+    def __post_init__(self) -> None:
+        arguments.check(self)
 
     @property
     def tokens(self) -> int:

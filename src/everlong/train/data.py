@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arguments import SEED, whole
 from ..tokenizer import ByteTokenizer, Tokenizer, utf8, without_nul
 
 _SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
@@ -62,6 +63,8 @@ class Corpus:
         if isinstance(paths, (str, Path)):
             paths = [paths]
         names = [str(path) for path in paths]
+        if any(not str(path).strip() for path in names):
+            raise ValueError("a path is empty (a variable that is not set?); give . for the folder you are in")
         skipped: dict[str, int] = {}
         texts = [data for path, named in _files(names) if (data := _read(path, named, skipped))]
         if not texts:
@@ -129,6 +132,7 @@ class Corpus:
 
         Where the documents are too few or too large for that, the end of the longest one is held out instead.
         """
+        whole("seed", seed, *SEED)
         if not 0 < held_out < 1:
             raise ValueError(f"held_out must be between 0 and 1, got {held_out}")
         wanted, taken, chosen = held_out * len(self), 0, []
@@ -185,12 +189,12 @@ class Corpus:
 
         An epoch shows every window of the stream once, in an order (and from a first offset) of its own.
         """
-        count = self.windows(cfg.context)
+        count, seed = self.windows(cfg.context), whole("seed", cfg.seed, *SEED)
         slack = (len(self) - 1) % cfg.context
         offsets = []
         for row in range(step * cfg.batch, (step + 1) * cfg.batch):
             epoch, place = divmod(row, count)
-            first, order = _order(cfg.seed, epoch, count, slack)
+            first, order = _order(seed, epoch, count, slack)
             offsets.append(first + int(order[place]) * cfg.context)
         return self.rows(torch.tensor(offsets), cfg.context)
 
@@ -225,10 +229,10 @@ def _encode(text: bytes, tokenizer: Tokenizer) -> np.ndarray:
 
 def _files(names: list[str]) -> Iterator[tuple[Path, bool]]:
     """Every file once, in order, and whether it was named itself (and not found in a folder or by a glob)."""
-    seen: set[Path] = set()
+    seen: set[str] = set()
     for name in names:
         for path, named in _expand(Path(name).expanduser()):
-            if (real := path.resolve()) not in seen:
+            if (real := os.path.realpath(path)) not in seen:  # links that lead to themselves included
                 seen.add(real)
                 yield path, named
 
