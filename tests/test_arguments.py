@@ -14,11 +14,13 @@ import torch
 
 import everlong
 from everlong import arguments, config
+from everlong import state as states
 from everlong.bench.clock import Pace
 from everlong.bench.models import ModelsPlan
 from everlong.bench.ops import OpsPlan
 from everlong.bench.training import Shape
 from everlong.checkpoints.stream import continue_text
+from everlong.compare.architectures import architecture, sized
 from everlong.compare.run import Comparison
 from everlong.compare.settings import Recall, Settings, profile
 from everlong.config import find
@@ -26,10 +28,12 @@ from everlong.mixers import base
 from everlong.models.blocks import Layer, Norm
 from everlong.models.generate import Sampling, filtered, generate, penalised, stream_text
 from everlong.models.lm import LanguageModel
+from everlong.models.presets import preset
+from everlong.models.quantize import quantized
 from everlong.tasks.mqar import MQAR
-from everlong.tokenizer import ByteTokenizer
+from everlong.tokenizer import ByteTokenizer, open_tokenizer
 from everlong.train.data import Corpus
-from everlong.train.job import Job
+from everlong.train.job import Job, simple_model
 from everlong.train.loop import Trainer
 from everlong.train.optim import make_optimizer
 
@@ -223,6 +227,16 @@ def test_stop_texts_that_are_none_are_refused_before_anything_is_read(stop, tmp_
         continue_text(tmp_path / "no model there", "a", stop=stop)
 
 
+def test_a_single_row_of_a_state_is_a_batch_of_one():
+    mixer = find("gla").Config(n_heads=2).build(16)
+    _, state = mixer(torch.randn(3, 5, 16))
+    for one in (2, torch.tensor(2), [2]):
+        picked = states.gather(state, one)
+        assert states.batch_size(picked) == 1 and torch.equal(picked.memory, state.memory[2:])
+    with torch.no_grad():
+        mixer.step(torch.randn(1, 16), states.gather(state, 2))
+
+
 def test_texts_where_lists_of_them_belong(tmp_path):
     with pytest.raises(ValueError, match=r"paths must be a list, got 'book.txt'; give a single one as \['book.txt'\]"):
         Job(**NEEDED[Job], paths="book.txt")
@@ -235,6 +249,29 @@ def test_texts_where_lists_of_them_belong(tmp_path):
     with pytest.raises(ValueError, match="token ids"):
         ByteTokenizer().decode("abc")
     assert ByteTokenizer().decode(97) == "a"
+
+
+@pytest.mark.parametrize(
+    "take,message",
+    [
+        (lambda: quantized(None, 5), "no weight format 5; known: "),
+        (lambda: preset(5), "no preset 5; known: "),
+        (lambda: find(["gla"]), "kind must be a name"),
+        (lambda: architecture(5), "no architecture 5; known: "),
+        (lambda: sized("gla", math.nan, vocab_size=256, context=8), "params must be a whole number"),
+        (lambda: simple_model("gla", "64", 2, 256), "d_model must be a whole number"),
+        (lambda: Corpus.from_paths(5), "paths must be files, folders or globs, got 5"),
+        (lambda: Corpus.from_texts(None), "texts must be documents"),
+        (lambda: Corpus.from_texts([5]), "expected text, got int"),
+        (lambda: Corpus.from_texts("abc").split("0.1"), "held_out must be between 0 and 1, got '0.1'"),
+        (lambda: Corpus.from_texts("abc").windows(0), "context must be a whole number from 1"),
+        (lambda: next(Corpus.from_texts("abc").in_order(2, 0)), "batch must be a whole number from 1"),
+        (lambda: open_tokenizer(""), "the path of the tokenizer is empty"),
+    ],
+)
+def test_what_is_of_another_kind_altogether(take, message):
+    with pytest.raises(ValueError, match=message):
+        take()
 
 
 def test_arguments_of_their_own():

@@ -62,6 +62,7 @@ REFUSED = [
     (("train", "MODEL", *TRAIN, "--out", "MODEL/text.txt/run"), "text.txt is a file, so it cannot be the folder"),
     (("train", "MODEL", "--resume", "MODEL"), "--resume already says what paths would set"),
     (("train", "--resume", "MODEL", "--context", "9"), "--resume already says what --context would set"),
+    (("train", "MODEL", *TRAIN, "--tokenizer", ""), "the path of the tokenizer is empty"),
     (("compare", "--data", ""), "a path is empty"),
     (("compare", "--data", "MODEL", "--seed", HUGE), "seed must be a whole number"),
     (("compare", "--data", "MODEL", "--params", "0"), "params must be a whole number from 1 to"),

@@ -28,7 +28,7 @@ BLOCKS = ("everlong.models.blocks", "everlong.models.channel_mix")
 def suggest(name: str, known: Iterable[str]) -> str:
     """``"; did you mean 'mamba'?"`` or a list of what exists, to close an error message with."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1)
+    close = difflib.get_close_matches(str(name), names, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}"
 
 

@@ -209,6 +209,8 @@ def open_tokenizer(name: str | Path | None) -> ByteTokenizer | FileTokenizer:
     """``None`` or "bytes" for bytes; else the path of a tokenizer file, or of a folder with a ``tokenizer.json``."""
     if name is None or str(name) == "bytes":
         return ByteTokenizer()
+    if not str(name).strip():
+        raise ValueError("the path of the tokenizer is empty (a variable that is not set?); give a file, or 'bytes'")
     path = Path(name)
     if path.is_dir():
         return FileTokenizer(path / FILE) if (path / FILE).is_file() else ByteTokenizer()

@@ -62,6 +62,8 @@ class Corpus:
         """
         if isinstance(paths, (str, Path)):
             paths = [paths]
+        if not isinstance(paths, Iterable):
+            raise ValueError(f"paths must be files, folders or globs, got {paths!r}")
         names = [str(path) for path in paths]
         if any(not str(path).strip() for path in names):
             raise ValueError("a path is empty (a variable that is not set?); give . for the folder you are in")
@@ -82,6 +84,8 @@ class Corpus:
         """
         if isinstance(texts, (str, bytes)):
             texts = [texts]
+        if not isinstance(texts, Iterable):
+            raise ValueError(f"texts must be documents as text or bytes, got {texts!r}")
         data = [text if isinstance(text, bytes) else utf8(text) for text in texts]
         if not any(data):
             raise ValueError("the texts are empty; give at least one character")
@@ -133,8 +137,8 @@ class Corpus:
         Where the documents are too few or too large for that, the end of the longest one is held out instead.
         """
         whole("seed", seed, *SEED)
-        if not 0 < held_out < 1:
-            raise ValueError(f"held_out must be between 0 and 1, got {held_out}")
+        if not (isinstance(held_out, (int, float)) and 0 < held_out < 1):
+            raise ValueError(f"held_out must be between 0 and 1, got {held_out!r}")
         wanted, taken, chosen = held_out * len(self), 0, []
         lengths = self.offsets.diff().tolist()
         for index in np.random.default_rng(seed).permutation(self.documents).tolist():
@@ -176,7 +180,7 @@ class Corpus:
 
     def windows(self, context: int) -> int:
         """How many sequences of ``context`` tokens (and a last target) fit side by side; ``ValueError`` where none."""
-        count = (len(self) - 1) // context
+        count = (len(self) - 1) // whole("context", context)
         if count < 1:
             raise ValueError(
                 f"the text has {len(self)} tokens, shorter than the context of {context} (and one target); "
@@ -200,7 +204,7 @@ class Corpus:
 
     def in_order(self, context: int, batch: int) -> Iterator[Batch]:
         """All windows of the stream once, in order, ``batch`` rows at a time: for measuring."""
-        for offsets in (torch.arange(self.windows(context)) * context).split(batch):
+        for offsets in (torch.arange(self.windows(context)) * context).split(whole("batch", batch)):
             yield self.rows(offsets, context)
 
     def rows(self, offsets: Tensor, context: int) -> Batch:
