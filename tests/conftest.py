@@ -1,5 +1,7 @@
 """Every test starts from the same seed; uninitialised memory is poisoned, so reading it shows."""
 
+import signal
+
 import pytest
 import torch
 
@@ -42,3 +44,11 @@ def _seeded(monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned(empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(new_empty))
+
+
+@pytest.fixture
+def ctrl_c():
+    """Presses Ctrl-C, with Python's own handler during the test: jobs in the background begin with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda: signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)

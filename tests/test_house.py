@@ -14,7 +14,7 @@ from everlong.report.readme import generated
 ROOT = Path(everlong.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 LEVELS = [
-    {"shapes", "config", "files", "machine", "numerics", "tokenizer"},
+    {"shapes", "arguments", "config", "files", "machine", "numerics", "tokenizer"},
     {"state"},
     {"ops"},
     {"mixers"},

@@ -83,7 +83,7 @@ def test_mixed_pairs_are_drawn_evenly():
         ({"pairs": ()}, "pairs must be numbers >= 1"),
         ({"vocab_size": 16}, "8 pairs need an even vocab_size of at least 18, got 16"),
         ({"vocab_size": 65}, "8 pairs need an even vocab_size"),
-        ({"power": 0.0}, "power must be positive"),
+        ({"power": 0.0}, "power must be a number from 1e-12 to .*, got 0.0"),
     ],
 )
 def test_bad_settings(options, message):

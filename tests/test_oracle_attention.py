@@ -229,7 +229,7 @@ def test_masks_in_blocks(form, monkeypatch):
     "change,message",
     [
         (dict(n_kv_heads=3), "n_kv_heads is 3, expected a divisor of n_heads = 4"),
-        (dict(window=0), "window is 0, expected at least 1"),
+        (dict(window=0), "window must be a whole number from 1 to .*, got 0"),
         (dict(rope_fraction=0.2), "rotates 3 channels"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -101,11 +102,13 @@ def generate(
     """
     from .checkpoints.stream import continue_text
     from .models.generate import Sampling
+    from .tokenizer import utf8
 
     sampling = Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed
     )
-    text = sys.stdin.read() if prompt == "-" else prompt
+    data = _standard_input() if prompt == "-" else utf8(prompt)
+    text = data.decode("utf-8", errors="surrogateescape")  # also where the locale knows less than UTF-8
     pieces = continue_text(
         model, text, max_tokens=max_tokens, sampling=sampling, stop=stop or (), session=session, weights=weights
     )
@@ -117,7 +120,7 @@ def generate(
 
 @app.command()
 def train(
-    context: typer.Context,
+    typed: typer.Context,
     paths: Annotated[
         list[str] | None,
         typer.Argument(
@@ -133,16 +136,20 @@ def train(
     ] = None,
     d_model: Annotated[int, typer.Option(help="Width of the model.")] = 128,
     layers: Annotated[int, typer.Option(help="Number of layers.")] = 4,
-    tokens: Annotated[int, typer.Option(help="Tokens to train on in all.")] = 2_000_000,
-    length: Annotated[int, typer.Option("--context", help="Tokens of one training sequence.")] = 256,
-    batch: Annotated[int, typer.Option(help="Sequences of one step.")] = 16,
-    accumulate: Annotated[int, typer.Option(help="Parts in which a step is computed, to save memory.")] = 1,
-    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 2e-3,
+    tokens: Annotated[int | None, typer.Option(help="Tokens to train on in all.", show_default="2,000,000")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of one training sequence.", show_default="256")] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences of one step.", show_default="16")] = None,
+    accumulate: Annotated[
+        int | None, typer.Option(help="Parts in which a step is computed, to save memory.", show_default="1")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate.", show_default="0.002")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="A tokenizer.json; without it, bytes.")] = None,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16 where that is safe.")] = False,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same run.")] = 0,
+    bf16: Annotated[bool | None, typer.Option("--bf16", help="Compute in bfloat16 where that is safe.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same run.", show_default="0")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run.", show_default="runs/train-MIXER")] = None,
-    save_every: Annotated[int, typer.Option(help="Save the run every so many steps.")] = 100,
+    save_every: Annotated[
+        int | None, typer.Option(help="Save the run every so many steps.", show_default="100")
+    ] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
 ) -> None:
     """Train a language model on text; killed at any moment, --resume goes on from the last save.
@@ -156,21 +163,22 @@ def train(
     from .train import job, show
 
     if resume is not None:
-        show.refuse_other_options(context, "resume")
+        show.refuse_other_options(typed, "resume")
         show.train(job.read_job(resume), resume)
         return
-    settings = job.Trainer.Config(
-        tokens=tokens,
-        context=length,
-        batch=batch,
-        accumulate=accumulate,
-        lr=lr,
-        bf16=bf16,
-        seed=seed,
-        save_every=save_every,
-    )
+    given = {
+        "tokens": tokens,
+        "context": context,
+        "batch": batch,
+        "accumulate": accumulate,
+        "lr": lr,
+        "bf16": bf16,
+        "seed": seed,
+        "save_every": save_every,
+    }
+    settings = job.Trainer.Config().replace(**{name: value for name, value in given.items() if value is not None})
     if config is not None:
-        show.refuse_other_options(context, "config", "mixer", "d_model", "layers")
+        show.refuse_other_options(typed, "config", "mixer", "d_model", "layers")
         model, name = job.read_model_config(config), config.stem
     else:
         vocabulary = job.open_tokenizer(tokenizer).vocab_size
@@ -257,7 +265,7 @@ def bench_ops(
         seconds=seconds,
         quick=quick,
     )
-    if not run("ops", plan, Terms(out, threads, minutes or (5.0 if quick else 60.0), _typed(), goals)):
+    if not run("ops", plan, Terms(out, threads, _or(minutes, 5.0 if quick else 60.0), _typed(), goals)):
         sys.exit(1)
 
 
@@ -313,8 +321,19 @@ def bench_models(
         seconds=seconds,
         quick=quick,
     )
-    if not run("models", plan, Terms(out, threads, minutes or (5.0 if quick else 90.0), _typed(), goals)):
+    if not run("models", plan, Terms(out, threads, _or(minutes, 5.0 if quick else 90.0), _typed(), goals)):
         sys.exit(1)
+
+
+def _standard_input() -> bytes:
+    """All of standard input. ``ValueError`` where it is closed."""
+    if sys.stdin is None:
+        raise ValueError("there is no standard input to read a prompt from; give the prompt as an argument")
+    return sys.stdin.buffer.read()
+
+
+def _or(given: float | None, usual: float) -> float:
+    return usual if given is None else given
 
 
 def _names(text: str) -> list[str]:
@@ -331,6 +350,9 @@ def _typed() -> str:
 
 def main() -> None:
     """Entry point: errors meant for the user are one clear line, not a traceback."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with contextlib.suppress(AttributeError):  # not one of Python's own, as in a notebook
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # what an 8-bit locale lacks
     sys.path.append("")  # a mixer of your own is found from the folder you are in; its files shadow no library's
     try:
         app()

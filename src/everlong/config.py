@@ -20,13 +20,15 @@ from typing import Any, ClassVar
 import torch
 from typing_extensions import Self
 
+from .arguments import Bounds, check
+
 BLOCKS = ("everlong.models.blocks", "everlong.models.channel_mix")
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
     """``"; did you mean 'mamba'?"`` or a list of what exists, to close an error message with."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1)
+    close = difflib.get_close_matches(str(name), names, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}"
 
 
@@ -35,6 +37,10 @@ class Config:
     """Base of all configurations. Subclasses add fields with plain JSON values or further configs."""
 
     owner: ClassVar[Any] = None  # the class this configures, set when that class is created
+    bounds: ClassVar[Bounds] = {}  # of numbers that are not simply positive, by field (see ``arguments``)
+
+    def __post_init__(self) -> None:
+        check(self)
 
     @property
     def kind(self) -> str:

@@ -99,9 +99,10 @@ def detach(tree: S) -> S:
     return map_leaves(Tensor.detach, tree)
 
 
-def gather(tree: S, rows: Tensor | Sequence[int]) -> S:
-    """Rows of a state, in the given order; repeated rows fork it."""
-    return map_leaves(lambda leaf: leaf[torch.as_tensor(rows, device=leaf.device)], tree)
+def gather(tree: S, rows: Tensor | Sequence[int] | int) -> S:
+    """Rows of a state, in the given order; repeated rows fork it, and a single one is a batch of one."""
+    index = torch.atleast_1d(torch.as_tensor(rows))
+    return map_leaves(lambda leaf: leaf[index.to(leaf.device)], tree)
 
 
 def stack(trees: Sequence[S]) -> S:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..arguments import check
+
 Contender = Callable[[], Sequence[float]]
 
 
@@ -27,6 +29,9 @@ class Pace:
     least: int = 3
     most: int = 50
     patience: float = 30.0
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(frozen=True)

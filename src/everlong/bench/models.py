@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import arguments
 from ..config import suggest
 from ..models.lm import LanguageModel
 from . import checks, clock, memory, peers, training
@@ -50,6 +51,9 @@ class ModelsPlan:
     pace: clock.Pace = field(default_factory=lambda: clock.Pace(seconds=20.0))
     patience: float = 60.0
     training: training.Shape = field(default_factory=training.Shape)
+
+    def __post_init__(self) -> None:
+        arguments.check(self)
 
 
 @dataclass(frozen=True)

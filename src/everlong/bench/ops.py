@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import arguments, ops
 from ..config import suggest
 from ..numerics import TOLERANCE
 from ..ops.cases import CASES, TIMED, Case
@@ -41,6 +41,9 @@ class OpsPlan:
     dtypes: tuple[str, ...] = ("fp32", "bf16")
     backends: tuple[str, ...] | None = None
     pace: clock.Pace = field(default_factory=clock.Pace)
+
+    def __post_init__(self) -> None:
+        arguments.check(self)
 
 
 @dataclass(frozen=True)

@@ -67,8 +67,6 @@ def models_plan(
 
 def pace(seconds: float | None, usual: float) -> Pace:
     """The pace of a comparison of ``seconds``. ``ValueError`` for none and less."""
-    if seconds is not None and not seconds > 0:
-        raise ValueError(f"seconds must be above 0, got {seconds:g}")
     return Pace(seconds=usual if seconds is None else seconds)
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..arguments import folder, number, whole
 from ..machine import usable_cores
 from . import claims, clock, models, ops, results
 from .limits import Limits
@@ -32,6 +33,12 @@ class Terms(NamedTuple):
     minutes: float = 30.0
     command: str = ""
     goals: bool = False
+
+    def check(self) -> None:
+        """``ValueError`` for a folder that is a file, and for numbers out of their bounds."""
+        folder(self.out)
+        number("minutes", self.minutes, 1e-3, 1e6)
+        whole("threads", usable_cores() if self.threads is None else self.threads, 1, 4096)
 
 
 def run_ops(plan: OpsPlan, terms: Terms, watch: Watch) -> Results:
@@ -116,8 +123,7 @@ def threads(count: int | None) -> Iterator[int]:
     ``ValueError`` for less than one.
     """
     count = usable_cores() if count is None else count
-    if count < 1:
-        raise ValueError(f"threads must be at least 1, got {count}")
+    whole("threads", count, 1, 4096)
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import arguments
 from ..models import families
 from ..models.lm import LanguageModel
 from ..numerics import relative_errors
@@ -39,6 +40,9 @@ class Shape:
     context: int = 512
     vocab_size: int = 256
     dtypes: tuple[str, ...] = ("fp32", "bf16")
+
+    def __post_init__(self) -> None:
+        arguments.check(self)
 
     @property
     def tokens(self) -> int:

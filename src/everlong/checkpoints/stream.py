@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .. import state as states
-from ..models.generate import Sampling, generate, new_session, stream_text
+from ..arguments import texts
+from ..models.generate import Generation, Sampling, generate, new_session, stream_text
 from ..tokenizer import Tokenizer
 from .folder import load, load_tokenizer
 
@@ -17,7 +18,7 @@ def continue_text(
     *,
     max_tokens: int = 256,
     sampling: Sampling = Sampling(),
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     session: Path | None = None,
     weights: str | None = None,
 ) -> Iterator[str]:
@@ -27,6 +28,7 @@ def continue_text(
     that the next call reads nothing twice. ``weights`` is that of ``load``. ``ValueError`` for what ``load`` and
     ``generate`` refuse.
     """
+    stop = texts("stop", stop)
     model, tokenizer = load(folder, weights=weights), load_tokenizer(folder)
     before = None
     if session is not None and session.exists():
@@ -40,7 +42,7 @@ def continue_text(
 
 
 def _streamed(
-    tokens: generate, tokenizer: Tokenizer, stop: Sequence[str], prompt: Sequence[int], session: Path | None
+    tokens: Generation, tokenizer: Tokenizer, stop: Sequence[str], prompt: Sequence[int], session: Path | None
 ) -> Iterator[str]:
     """The text as it comes; the session is written when it ends."""
     yield from stream_text(tokens, tokenizer, stop, prompt)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..arguments import TOTAL, whole
 from ..config import Config, find, mixer_names, suggest
 from ..mixers import base
 from ..models import families
@@ -95,6 +96,8 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 def architecture(name: str) -> Architecture:
     """The architecture of a name. ``ValueError`` with a suggestion where there is none."""
+    if not isinstance(name, str):
+        raise ValueError(f"no architecture {name!r}{suggest('', {*ARCHITECTURES, *mixer_names()})}")
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
     if "." not in name and ":" not in name and name not in mixer_names():
@@ -149,8 +152,7 @@ def sized(
     Width, depth and the width of the MLPs are chosen, as near as possible to the usual proportions (width 40 times the
     depth). ``ValueError`` names the nearest possible number where none fits.
     """
-    if params < 1:
-        raise ValueError(f"params must be positive, got {params}")
+    whole("params", params, *TOTAL)
     found = list(_candidates(name, params, vocab_size, context, min_layers))
     fitting = [one for one in found if abs(one.params / params - 1) <= TOLERANCE]
     if not fitting:

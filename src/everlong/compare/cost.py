@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import state as states
+from ..bench.clock import quantile
 from ..models.decode import Decoder
 from ..models.lm import LanguageModel
 
@@ -113,12 +114,4 @@ def _decode(model: LanguageModel, tokens: Tensor, state: Any, seconds: float, st
         if len(times) >= WARM_UP + 20 and sum(times) > 1000 * seconds:
             break
     times = sorted(times[WARM_UP:])
-    return {"p50_ms": _quantile(times, 0.5), "p99_ms": _quantile(times, 0.99)}
-
-
-def _quantile(ordered: list[float], share: float) -> float:
-    """The value below which ``share`` of the ordered ones lie, between the two nearest."""
-    place = share * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+    return {"p50_ms": quantile(times, 0.5), "p99_ms": quantile(times, 0.99)}

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..arguments import SEED, texts, whole
 from ..models.presets import preset
 from ..models.quantize import quantized, weight_bytes
 from ..ops.native.product import check_format
@@ -37,20 +38,20 @@ class Drift(NamedTuple):
 
 
 @torch.no_grad()
-def logit_drift(name: str, formats: Iterable[str] = FORMATS, seed: int = 0) -> Drift:
+def logit_drift(name: str, formats: str | Iterable[str] = FORMATS, seed: int = 0) -> Drift:
     """A preset at its random initial weights: the relative L2 error of the logits of 64 random tokens."""
-    torch.manual_seed(seed)
+    torch.manual_seed(whole("seed", seed, *SEED))
     model = preset(name).build().eval()
     tokens = torch.randint(model.cfg.vocab_size, (1, TOKENS))
     want, sizes, drift = model(tokens)[0], {"fp32": weight_bytes(model)}, {}
-    for format in formats:
+    for format in texts("formats", formats):
         made = quantized(model, format)
         drift[format] = float((made(tokens)[0].float() - want).norm() / want.norm())
         sizes[format] = weight_bytes(made)
     return Drift(name, f"{count(model.cfg) / 1e6:.0f} M", sizes, drift)
 
 
-def perplexity_drift(name: str, settings: Settings, text: Corpus, formats: Iterable[str] = FORMATS) -> Drift:
+def perplexity_drift(name: str, settings: Settings, text: Corpus, formats: str | Iterable[str] = FORMATS) -> Drift:
     """An architecture trained on ``text``: the change of its perplexity on the held-out part, as a share."""
     learnt, held_out = text.split(settings.held_out, settings.seed)
     torch.manual_seed(settings.seed)
@@ -59,7 +60,7 @@ def perplexity_drift(name: str, settings: Settings, text: Corpus, formats: Itera
     model.eval()
     loss, bits = evaluate(model, held_out, settings.context)
     sizes, drift = {"fp32": weight_bytes(model)}, {}
-    for format in formats:
+    for format in texts("formats", formats):
         made = quantized(model, format)
         drift[format] = math.exp(evaluate(made, held_out, settings.context)[0] - loss) - 1
         sizes[format] = weight_bytes(made)

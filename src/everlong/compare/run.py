@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from ..arguments import folder, texts
 from ..checkpoints import folder as folders
 from ..files import atomic_write
 from ..machine import machine
@@ -47,13 +48,14 @@ class Comparison:
         self,
         out: str | Path,
         *,
-        names: Sequence[str] = DEFAULT,
-        data: Sequence[str | Path] | None = None,
+        names: str | Sequence[str] = DEFAULT,
+        data: str | Path | Sequence[str | Path] | None = None,
         settings: Settings = Settings(),
         command: str = "",
         console: Console | None = None,
     ) -> None:
-        self.out, self.names, self.settings = Path(out), _checked(names), settings
+        data = [data] if isinstance(data, (str, Path)) else data
+        self.out, self.names, self.settings = folder(out), _checked(texts("names", names)), settings
         self.console = console or Console()
         self.configs = {
             name: sized(name, settings.params, vocab_size=256, context=settings.context) for name in self.names
@@ -263,8 +265,8 @@ class Comparison:
 def compare(
     out: str | Path | None = None,
     *,
-    names: Sequence[str] = DEFAULT,
-    data: Sequence[str | Path] | None = None,
+    names: str | Sequence[str] = DEFAULT,
+    data: str | Path | Sequence[str | Path] | None = None,
     settings: Settings = Settings(),
     command: str = "",
 ) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from .. import config
+from ..arguments import SEED, TOTAL
 from ..models.lm import LanguageModel
 from ..tasks.mqar import MQAR
 from ..train.loop import Trainer
@@ -31,6 +33,8 @@ class Recall(config.Config):
     embed_std: float = 0.5
     tests: tuple[int, ...] = (2, 4, 8, 16, 32)
     sequences: int = 256
+
+    bounds: ClassVar = {"params": TOTAL, "tokens": TOTAL, "lr": (1e-12, 1e3), "embed_std": (0.0, 1e6)}
 
     def model(self, cfg: LanguageModel.Config) -> LanguageModel.Config:
         """An architecture as it learns this task."""
@@ -75,6 +79,8 @@ class Settings(config.Config):
     sample_tokens: int = 160
     recall: Recall = field(default_factory=Recall)
 
+    bounds: ClassVar = {"params": TOTAL, "tokens": TOTAL, "lr": (1e-12, 1e3), "seed": SEED, "held_out": (1e-6, 0.5)}
+
     def training(self) -> Trainer.Config:
         """How every model learns the text."""
         return Trainer.Config(
@@ -107,9 +113,7 @@ def quick() -> Settings:
 
 
 def profile(short: bool, *, seed: int = 0, params: int | None = None, tokens: int | None = None) -> Settings:
-    """The full or the short settings with some of them chosen. ``ValueError`` for numbers below 1."""
+    """The full or the short settings with some of them chosen. ``ValueError`` for numbers out of their bounds."""
     chosen = quick() if short else Settings()
-    for name, value in (("params", params), ("tokens", tokens)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    return chosen.replace(seed=seed, params=params or chosen.params, tokens=tokens or chosen.tokens)
+    given = {"params": params, "tokens": tokens}
+    return chosen.replace(seed=seed, **{name: value for name, value in given.items() if value is not None})

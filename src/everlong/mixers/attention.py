@@ -8,13 +8,14 @@ document. ``window`` counts the keys a token sees, its own included (Griffin's w
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import shapes
 from .. import state as states
+from ..arguments import SHARE
 from ..ops import rotary
 from ..ops.attention import Cache, Ring, attention, attention_step, token_positions
 from ..ops.attention_decode import attention_step_
@@ -46,6 +47,8 @@ class Attention(base.Mixer):
         qkv_bias: bool = False
         out_bias: bool = False
 
+        bounds: ClassVar = {"rope_fraction": SHARE}
+
     State = Cache  # with a window: Ring, its form of fixed size
 
     def __init__(self, cfg: Config, d_model: int, depth: base.Depth = base.Depth()) -> None:
@@ -73,8 +76,8 @@ class Attention(base.Mixer):
             raise ValueError(f"window is {cfg.window}, expected at least 1 (the token itself) or None for no window")
         if not 0 <= self.rotated <= self.head_dim or self.rotated % 2:
             raise ValueError(
-                f"rope_fraction {cfg.rope_fraction} of heads of {self.head_dim} rotates {self.rotated} channels, "
-                "expected an even number of at most all; use rope_theta=None for no positions"
+                f"rope_fraction {cfg.rope_fraction} of heads of {self.head_dim} rotates {self.rotated} channels "
+                "(of head_dim, or D / n_heads), expected an even number of at most all; rope_theta=None is no positions"
             )
 
     @property

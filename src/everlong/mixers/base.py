@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import config, shapes
+from .. import arguments, config, shapes
 from .. import state as states
 from ..ops.norm import norm
 
@@ -49,7 +49,11 @@ class Depth(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(config.Config):
-    """Base of mixer options. ``build(d_model, depth)`` makes the layer."""
+    """Base of mixer options. ``build(d_model, depth)`` makes the layer.
+
+    Numbers must be positive unless the class says otherwise: ``bounds = {"shift": (0.0, 1.0)}``. What is named
+    ``expand...`` is a multiple of the model's width.
+    """
 
     def build(self, d_model: int, depth: Depth = Depth()) -> Mixer:
         """The layer for inputs of width ``d_model``."""
@@ -81,6 +85,7 @@ class Mixer(nn.Module):
         super().__init__()
         if not isinstance(cfg, type(self).Config):
             raise ValueError(f"{type(self).__name__} needs its own Config, got {type(cfg).__qualname__}")
+        _check_widths(cfg, d_model)
         self.cfg, self.d_model, self.depth = cfg, d_model, depth
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -178,15 +183,24 @@ class RMSNorm(nn.Module):
         return norm(x, weight=self.weight, eps=self.eps)
 
 
+def _check_widths(cfg: Config, d_model: int) -> None:
+    """``ValueError`` for a width that is none, of the model or where it is multiplied."""
+    arguments.whole("d_model", d_model)
+    for field in dataclasses.fields(cfg):
+        factor = getattr(cfg, field.name) if field.name.startswith("expand") else None
+        if factor is not None and not 1 <= factor * d_model <= arguments.COUNT[1]:
+            raise ValueError(f"{field.name} = {factor:g} of a width of {d_model} leaves no channel, or too many")
+
+
 def identity_values(batch: int, time: int, heads: int, *, like: Tensor) -> Tensor:
     """Values [B T H T] with ``v_t`` the t-th unit vector: an op linear in v applied to them returns its own matrix."""
     return torch.eye(time, dtype=like.dtype, device=like.device)[None, :, None].expand(batch, time, heads, time)
 
 
-def split_heads(width: int, n_heads: int) -> int:
+def split_heads(width: int, n_heads: int, what: str = "heads; choose a multiple of n_heads") -> int:
     """The width of one head; ``ValueError`` where the heads do not divide it."""
     if n_heads < 1 or width < n_heads or width % n_heads:
-        raise ValueError(f"width {width} cannot be split into {n_heads} heads; choose a multiple of n_heads")
+        raise ValueError(f"width {width} cannot be split into {n_heads} {what}")
     return width // n_heads
 
 

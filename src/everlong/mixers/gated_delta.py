@@ -58,8 +58,9 @@ class GatedDelta(base.Mixer):
         super().__init__(cfg, d_model, depth)
         keys, values = int(cfg.expand_k * d_model), int(cfg.expand_v * d_model)
         self.key_heads = cfg.n_heads if cfg.n_key_heads is None else cfg.n_key_heads
+        groups = "groups; n_key_heads must divide n_heads"
+        self.shared = base.split_heads(cfg.n_heads, self.key_heads, groups)  # value heads that share one q and k
         self.head_k, self.head_v = base.split_heads(keys, self.key_heads), base.split_heads(values, cfg.n_heads)
-        self.shared = base.split_heads(cfg.n_heads, self.key_heads)  # value heads that share one q and k
         self.widths = [keys, keys, values]
         self.qkv_proj = Linear(d_model, sum(self.widths), bias=False)
         self.conv = nn.Conv1d(sum(self.widths), sum(self.widths), cfg.conv_width, groups=sum(self.widths), bias=False)

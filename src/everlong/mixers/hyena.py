@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import shapes
+from ..arguments import COUNT
 from ..ops.linear import Linear, linear
 from ..ops.long_conv import History, long_conv, long_conv_step, newest
 from ..ops.short_conv import short_conv, short_conv_step
@@ -91,6 +92,14 @@ class Hyena(base.Mixer):
         emb_dim: int = 33
         frequency: float = 14.0
         shift: float = 0.0
+
+        bounds: ClassVar = {
+            "order": (2, 64),
+            "max_length": (2, COUNT[1]),
+            "filter_layers": (0, COUNT[1]),
+            "emb_dim": (3, COUNT[1]),
+            "shift": (-1e6, 1e6),
+        }
 
     @state
     class State:
@@ -222,9 +231,5 @@ class Desk(NamedTuple):
 
 def _refuse(cfg: Hyena.Config) -> None:
     """``ValueError`` for sizes that make no filter."""
-    least = {"order": 2, "max_length": 2, "filter_width": 1, "filter_layers": 0, "emb_dim": 3}
-    for name, bound in least.items():
-        if getattr(cfg, name) < bound:
-            raise ValueError(f"{name} is {getattr(cfg, name)}, expected at least {bound}")
     if cfg.emb_dim % 2 == 0:
         raise ValueError(f"emb_dim is {cfg.emb_dim}, expected an odd number: the lag, and pairs of waves")

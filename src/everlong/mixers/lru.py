@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..arguments import SHARE
 from ..ops.diagonal_scan import diagonal_scan, diagonal_scan_step
 from ..ops.linear import Linear, linear
 from ..shapes import state_dtype
@@ -35,6 +36,8 @@ class LRU(base.Mixer):
         r_min: float = 0.0
         r_max: float = 1.0
         max_phase: float = 2 * math.pi
+
+        bounds: ClassVar = {"r_min": SHARE, "r_max": SHARE}
 
     @state
     class State:

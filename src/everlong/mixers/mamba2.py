@@ -70,9 +70,11 @@ class Mamba2(base.Mixer):
         super().__init__(cfg, d_model, depth)
         self.channels = int(cfg.expand * d_model)
         if cfg.head_dim < 1 or self.channels % cfg.head_dim:
-            raise ValueError(f"head_dim is {cfg.head_dim}, expected a divisor of the inner width {self.channels}")
+            raise ValueError(
+                f"head_dim is {cfg.head_dim}, expected a divisor of the inner width {self.channels} (expand)"
+            )
         self.n_heads = self.channels // cfg.head_dim
-        base.split_heads(self.n_heads, cfg.n_groups)
+        base.split_heads(self.n_heads, cfg.n_groups, "groups of heads; n_groups must divide their number")
         self.keys = cfg.n_groups * cfg.d_state
         mixed = self.channels + 2 * self.keys
         self.in_proj = Linear(d_model, self.channels + mixed + self.n_heads, bias=cfg.bias)

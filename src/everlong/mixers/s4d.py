@@ -47,7 +47,7 @@ class S4D(base.Mixer):
 
     def __init__(self, cfg: Config, d_model: int, depth: base.Depth = base.Depth()) -> None:
         super().__init__(cfg, d_model, depth)
-        half = base.split_heads(cfg.d_state, 2)
+        half = base.split_heads(cfg.d_state, 2, "parts, real and imaginary; choose an even d_state")
         poles, size = initial_poles(cfg.init, cfg.d_state)
         low, high = math.log(cfg.dt_min), math.log(cfg.dt_max)
         self.log_dt = nn.Parameter(torch.rand(d_model) * (high - low) + low)

@@ -34,6 +34,7 @@ class Norm(nn.Module):
         eps: float = 1e-5
 
         def __post_init__(self) -> None:
+            super().__post_init__()
             if self.style not in STYLES:
                 raise ValueError(f"no norm {self.style!r}{suggest(self.style, STYLES)}")
 
@@ -101,6 +102,7 @@ class SwiGLU(FeedForward):
         bias: bool = False
 
         def __post_init__(self) -> None:
+            super().__post_init__()
             check_activation(self.activation)
 
     def __init__(self, cfg: Config, d_model: int, depth: base.Depth = base.Depth()) -> None:
@@ -129,6 +131,7 @@ class MLP(FeedForward):
         bias: bool = True
 
         def __post_init__(self) -> None:
+            super().__post_init__()
             check_activation(self.activation)
 
     def __init__(self, cfg: Config, d_model: int, depth: base.Depth = base.Depth()) -> None:

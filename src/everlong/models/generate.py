@@ -6,20 +6,22 @@ logits) is a value: save it, fork it, give it back to go on without reading anyt
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import state as states
+from ..arguments import COUNT, SEED, SHARE, check, ids, texts, whole
 from ..state import state
+from ..tokenizer import Decoder as TextDecoder
 from ..tokenizer import Tokenizer
 from .decode import Decoder
 from .lm import LanguageModel
 
+IDS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 COLD = 1e-6  # temperatures below take the most likely token: dividing by them would overflow
 
 
@@ -27,7 +29,8 @@ COLD = 1e-6  # temperatures below take the most likely token: dividing by them w
 class Sampling:
     """How the next token is drawn. ``temperature`` 0 takes the most likely one; 0, None and 1.0 switch the rest off.
 
-    The random numbers of ``seed``, and the tokens that ``repetition_penalty`` has seen, begin anew with every call.
+    The random numbers of ``seed``, and the tokens that ``repetition_penalty`` has seen, begin anew with every call of
+    ``generate``, also where that goes on from a session. ``ValueError`` for numbers out of ``bounds``.
     """
 
     temperature: float = 1.0
@@ -37,15 +40,17 @@ class Sampling:
     repetition_penalty: float = 1.0
     seed: int | None = None
 
+    bounds: ClassVar = {
+        "temperature": (0.0, 100.0),
+        "top_k": (0, COUNT[1]),
+        "top_p": SHARE,
+        "min_p": SHARE,
+        "repetition_penalty": (1e-6, 1e6),
+        "seed": SEED,
+    }
+
     def __post_init__(self) -> None:
-        for name, low, high in (("temperature", 0.0, 100.0), ("top_p", 0.0, 1.0), ("min_p", 0.0, 1.0)):
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise ValueError(f"{name} must be between {low:g} and {high:g}, got {value}")
-        if self.top_k < 0 or not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(
-                f"top_k must be >= 0 and repetition_penalty > 0, got {self.top_k} and {self.repetition_penalty}"
-            )
+        check(self)
 
 
 @state
@@ -87,14 +92,8 @@ def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-class generate(Iterator[int]):
-    """Yields token ids that continue ``prompt`` (ids), at most ``max_tokens``, until one of ``stop_ids``.
-
-    ``session`` goes on from an earlier generation (the prompt may then be empty). After or during the
-    iteration, ``.session`` is the state that has read every token yielded so far, as a value; a token of
-    ``stop_ids`` ends the text without being read, so that a session goes on inside its document.
-    ``ValueError`` for an empty prompt, ids outside the vocabulary, or weights that give NaN.
-    """
+class Generation(Iterator[int]):
+    """What ``generate`` returns: an iterator of token ids, with the state that has read them as ``.session``."""
 
     def __init__(
         self,
@@ -104,10 +103,13 @@ class generate(Iterator[int]):
         max_tokens: int = 256,
         sampling: Sampling = Sampling(),
         session: Session | None = None,
-        stop_ids: Sequence[int] = (),
+        stop_ids: int | Sequence[int] = (),
         piece: int = 2048,
     ) -> None:
-        self.model, self.sampling, self.left, self.stop_ids = model, sampling, max_tokens, set(stop_ids)
+        self.model, self.sampling, self.left = model, sampling, whole("max_tokens", max_tokens, 0)
+        self.stop_ids = set(ids("stop_ids", stop_ids))
+        if not isinstance(sampling, Sampling):
+            raise ValueError(f"sampling must be Sampling(temperature=..., ...), got {sampling!r}")
         device = model.norm.weight.device
         tokens = _ids(prompt).to(device)[None]
         if session is not None:
@@ -117,7 +119,7 @@ class generate(Iterator[int]):
         self._check(tokens)
         before: Any = None if session is None else session.state
         if tokens.numel():
-            self._logits, before = model.read(tokens, before, piece=piece)
+            self._logits, before = model.read(tokens, before, piece=whole("piece", piece))
         else:
             assert session is not None
             self._logits = session.logits
@@ -169,21 +171,54 @@ def _ids(prompt: Sequence[int]) -> Tensor:
     """The prompt as int64 [T]. ``ValueError`` for text, several rows, and numbers that are no ids."""
     if isinstance(prompt, str):
         raise ValueError("the prompt is text, expected token ids; encode it: tokenizer.encode(prompt)")
-    ids = prompt if isinstance(prompt, Tensor) else torch.as_tensor(list(prompt))
-    if ids.dim() != 1 or (ids.numel() and (ids.is_floating_point() or ids.dtype == torch.bool)):
-        raise ValueError(f"the prompt has shape {list(ids.shape)} and dtype {ids.dtype}, expected a list of token ids")
-    return ids.to(torch.int64)
+    try:
+        found = prompt if isinstance(prompt, Tensor) else torch.as_tensor(list(prompt))
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise ValueError(f"the prompt is {type(prompt).__name__}, expected a list of token ids ({error})") from error
+    if found.dim() != 1 or (found.numel() and found.dtype not in IDS):
+        raise ValueError(
+            f"the prompt has shape {list(found.shape)} and dtype {found.dtype}, expected a list of token ids"
+        )
+    return found.to(torch.int64)
+
+
+def generate(
+    model: LanguageModel,
+    prompt: Sequence[int],
+    *,
+    max_tokens: int = 256,
+    sampling: Sampling = Sampling(),
+    session: Session | None = None,
+    stop_ids: int | Sequence[int] = (),
+    piece: int = 2048,
+) -> Generation:
+    """Yields token ids that continue ``prompt`` (ids), at most ``max_tokens``, until one of ``stop_ids``.
+
+    ``session`` goes on from an earlier generation (the prompt may then be empty). After or during the
+    iteration, ``.session`` is the state that has read every token yielded so far, as a value; a token of
+    ``stop_ids`` ends the text without being read, so that a session goes on inside its document. The prompt is read
+    before this returns, ``piece`` tokens at a time.
+    ``ValueError`` for an empty prompt, ids outside the vocabulary, or weights that give NaN.
+    """
+    return Generation(
+        model, prompt, max_tokens=max_tokens, sampling=sampling, session=session, stop_ids=stop_ids, piece=piece
+    )
 
 
 def stream_text(
-    tokens: Iterator[int], tokenizer: Tokenizer, stop: Sequence[str] = (), prompt: Sequence[int] = ()
+    tokens: Iterator[int], tokenizer: Tokenizer, stop: str | Sequence[str] = (), prompt: Sequence[int] = ()
 ) -> Iterator[str]:
-    """Text pieces from token ids: whole characters only, ended before the first of the ``stop`` strings.
+    """Text pieces from token ids: whole characters only, ended before the first of the ``stop`` texts.
 
-    Text that may be the beginning of a stop string is held back until it is decided. ``prompt`` is what the tokens
+    Text that may be the beginning of a stop text is held back until it is decided. ``prompt`` is what the tokens
     continue; some tokenizers need it to know whether a space belongs before the first word.
+    ``ValueError`` for an empty stop text, before any token is drawn.
     """
-    decoder, held = tokenizer.decoder(prompt), ""
+    return _pieces(tokens, tokenizer.decoder(prompt), texts("stop", stop))
+
+
+def _pieces(tokens: Iterator[int], decoder: TextDecoder, stop: tuple[str, ...]) -> Iterator[str]:
+    held = ""
     for token in tokens:
         held += decoder.feed(token)
         cut = min((held.find(word) for word in stop if word in held), default=-1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,8 @@ class LanguageModel(nn.Module):
         logit_cap: float | None = None
         residual_fp32: bool = False
 
+        bounds: ClassVar = {"embed_std": (0.0, 1e6)}
+
         def __post_init__(self) -> None:
             object.__setattr__(self, "layers", tuple(self.layers) if isinstance(self.layers, list) else self.layers)
             if not isinstance(self.layers, tuple) or not self.layers:
@@ -57,8 +59,7 @@ class LanguageModel(nn.Module):
             for layer in self.layers:
                 if not isinstance(layer, Layer.Config):
                     raise ValueError(f"layers holds {layer!r}, expected Layer.Config(mixer=..., mlp=...)")
-            if self.vocab_size < 1 or self.d_model < 1:
-                raise ValueError(f"vocab_size and d_model must be positive, got {self.vocab_size} and {self.d_model}")
+            super().__post_init__()
 
         def build(self) -> LanguageModel:
             """The model, at its initial values."""

@@ -38,7 +38,8 @@ def quantized(model: LanguageModel, format: str) -> LanguageModel:
     """A model with its weights in ``format``, in evaluation mode; what does not change is shared, not copied.
 
     "int8" and "int4" pack the linear maps and make the rest fp32; "fp32" and "bf16" convert all weights, as
-    ``model.to(dtype)`` does. ``ValueError`` for an unknown format and for a model that is quantised already.
+    ``model.to(dtype)`` does. ``ValueError`` for an unknown format, for a model that is quantised already, and for one
+    of which nothing would be packed. ``packed`` says what was.
     """
     check_format(format)
     if model.weights is not None:
@@ -80,6 +81,11 @@ def places(model: LanguageModel, format: str) -> Iterator[Place]:
             yield Place(path, module, least, mixer.step_outputs().get(name, 0))
 
 
+def packed(model: LanguageModel) -> dict[str, str]:
+    """The formats of the packed linear maps and embedding of a quantised model, by their paths."""
+    return {path: module.format for path, module in model.named_modules() if isinstance(module, PackedLinear)}
+
+
 def weight_bytes(module: nn.Module) -> int:
     """Bytes of all weights as they lie in memory, packed or not."""
     return sum(tensor.nbytes for tensor in module.state_dict().values())
@@ -99,10 +105,16 @@ def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _replace(model: LanguageModel, format: str, make: Callable[[Place], PackedLinear]) -> None:
+    found = list(places(model, format))
+    if not found:
+        raise ValueError(
+            f"nothing of this model can be packed in {format}: no linear map and no embedding is {LEAST} or more wide "
+            f"(d_model is {model.cfg.d_model}) and free to lose digits; use weights='fp32' or 'bf16'"
+        )
     model.weights = format
     if MISSING is not None:
         warnings.warn(f"{format} weights save memory but no time here: {MISSING}", RuntimeWarning, stacklevel=3)
-    for place in list(places(model, format)):
+    for place in found:
         parent, _, name = place.path.rpartition(".")
         setattr(model.get_submodule(parent), name, make(place))
 

@@ -26,6 +26,7 @@ def bench(kind: str, plan: Any, terms: Terms, console: Console | None = None) ->
 
     ``plan`` is an ``OpsPlan`` or a ``ModelsPlan``. What does not match its reference is red and makes it False.
     """
+    terms.check()
     console = console or Console()
     console.print(f"At most {terms.minutes:g} minutes: no measurement begins later, the rest is skipped.")
     with Watching(console) as watch:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import config
+from ..arguments import SEED, whole
 from ..train.data import Batch
 
 IGNORED = -100
@@ -42,8 +43,9 @@ class MQAR:
         random_non_queries: bool = True
 
         def __post_init__(self) -> None:
-            if not self.pairs or min(self.pairs) < 1:
-                raise ValueError(f"pairs must be numbers >= 1, got {list(self.pairs)}")
+            super().__post_init__()
+            if not self.pairs:
+                raise ValueError("pairs must be numbers >= 1, got none")
             most = max(self.pairs)
             length = 4 * most if self.length is None else self.length
             if length < 4 * most:
@@ -52,8 +54,6 @@ class MQAR:
                 raise ValueError(
                     f"{most} pairs need an even vocab_size of at least {2 * most + 2}, got {self.vocab_size}"
                 )
-            if not self.power > 0:
-                raise ValueError(f"power must be positive, got {self.power}")
 
         def build(self) -> MQAR:
             """The task."""
@@ -77,7 +77,7 @@ class MQAR:
 
         [batch length]; with a length of None [batch * context / 4n 4n].
         """
-        generator = torch.Generator().manual_seed(_seed(cfg.seed, step))
+        generator = torch.Generator().manual_seed(_seed(whole("seed", cfg.seed, *SEED), step))
         chosen = self.cfg.pairs[int(torch.randint(len(self.cfg.pairs), (), generator=generator))]
         rows = cfg.batch if self.cfg.length else max(1, cfg.batch * cfg.context // (4 * chosen))
         return sample(self.cfg, rows, chosen, generator)

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..tokenizer import ByteTokenizer, Tokenizer
+from ..arguments import SEED, whole
+from ..tokenizer import ByteTokenizer, Tokenizer, utf8, without_nul
 
 _SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 
@@ -62,7 +63,11 @@ class Corpus:
         """
         if isinstance(paths, (str, Path)):
             paths = [paths]
+        if not isinstance(paths, Iterable):
+            raise ValueError(f"paths must be files, folders or globs, got {paths!r}")
         given = [str(path) for path in paths]
+        if any(not str(path).strip() for path in given):
+            raise ValueError("a path is empty (a variable that is not set?); give . for the folder you are in")
         skipped: dict[str, int] = {}
         texts = {path: data for path, named in _files(given) if (data := _read(path, named, skipped))}
         if not texts:
@@ -73,9 +78,16 @@ class Corpus:
         return cls._pack(list(texts.values()), tokenizer or ByteTokenizer(), skipped, tuple(map(str, texts)))
 
     @classmethod
-    def from_texts(cls, texts: Iterable[str | bytes], tokenizer: Tokenizer | None = None) -> Corpus:
-        """A corpus of documents that are already in memory. ``ValueError`` where all are empty."""
-        data = [text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text for text in texts]
+    def from_texts(cls, texts: str | bytes | Iterable[str | bytes], tokenizer: Tokenizer | None = None) -> Corpus:
+        """A corpus of documents that are already in memory; a single text is one document.
+
+        ``ValueError`` where all are empty, or one holds the separator (a NUL, for bytes).
+        """
+        if isinstance(texts, (str, bytes)):
+            texts = [texts]
+        if not isinstance(texts, Iterable):
+            raise ValueError(f"texts must be documents as text or bytes, got {texts!r}")
+        data = [text if isinstance(text, bytes) else utf8(text) for text in texts]
         if not any(data):
             raise ValueError("the texts are empty; give at least one character")
         return cls._pack([text for text in data if text], tokenizer or ByteTokenizer(), {})
@@ -127,8 +139,9 @@ class Corpus:
 
         Where the documents are too few or too large for that, the end of the longest one is held out instead.
         """
-        if not 0 < held_out < 1:
-            raise ValueError(f"held_out must be between 0 and 1, got {held_out}")
+        whole("seed", seed, *SEED)
+        if not (isinstance(held_out, (int, float)) and 0 < held_out < 1):
+            raise ValueError(f"held_out must be between 0 and 1, got {held_out!r}")
         wanted, taken, chosen = held_out * len(self), 0, []
         lengths = self.offsets.diff().tolist()
         for index in np.random.default_rng(seed).permutation(self.documents).tolist():
@@ -177,7 +190,7 @@ class Corpus:
 
     def windows(self, context: int) -> int:
         """How many sequences of ``context`` tokens (and a last target) fit side by side; ``ValueError`` where none."""
-        count = (len(self) - 1) // context
+        count = (len(self) - 1) // whole("context", context)
         if count < 1:
             raise ValueError(
                 f"the text has {len(self)} tokens, shorter than the context of {context} (and one target); "
@@ -201,18 +214,18 @@ class Corpus:
 
     def _offsets(self, step: int, cfg: Any) -> Tensor:
         """Where the rows of a step begin in the stream, [B]."""
-        count = self.windows(cfg.context)
+        count, seed = self.windows(cfg.context), whole("seed", cfg.seed, *SEED)
         slack = (len(self) - 1) % cfg.context
         offsets = []
         for row in range(step * cfg.batch, (step + 1) * cfg.batch):
             epoch, place = divmod(row, count)
-            first, order = _order(cfg.seed, epoch, count, slack)
+            first, order = _order(seed, epoch, count, slack)
             offsets.append(first + int(order[place]) * cfg.context)
         return torch.tensor(offsets)
 
     def in_order(self, context: int, batch: int) -> Iterator[Batch]:
         """All windows of the stream once, in order, ``batch`` rows at a time: for measuring."""
-        for offsets in (torch.arange(self.windows(context)) * context).split(batch):
+        for offsets in (torch.arange(self.windows(context)) * context).split(whole("batch", batch)):
             yield self.rows(offsets, context)
 
     def rows(self, offsets: Tensor, context: int) -> Batch:
@@ -234,17 +247,17 @@ def _order(seed: int, epoch: int, count: int, slack: int) -> tuple[int, np.ndarr
 def _encode(text: bytes, tokenizer: Tokenizer) -> np.ndarray:
     """Token ids of a document, separator first: uint8 for bytes, else int32."""
     if isinstance(tokenizer, ByteTokenizer):
-        return np.frombuffer(b"\0" + text, dtype=np.uint8)
+        return np.frombuffer(b"\0" + without_nul(text), dtype=np.uint8)
     eos = [] if tokenizer.eos is None else [tokenizer.eos]
     return np.array(eos + tokenizer.encode(text.decode("utf-8", errors="replace")), dtype=np.int32)
 
 
 def _files(names: list[str]) -> Iterator[tuple[Path, bool]]:
     """Every file once, in order, and whether it was named itself (and not found in a folder or by a glob)."""
-    seen: set[Path] = set()
+    seen: set[str] = set()
     for name in names:
         for path, named in _expand(Path(name).expanduser()):
-            if (real := path.resolve()) not in seen:
+            if (real := os.path.realpath(path)) not in seen:  # links that lead to themselves included
                 seen.add(real)
                 yield path, named
 

@@ -6,11 +6,11 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from .. import config
+from .. import arguments, config
 from ..checkpoints import folder as folders
 from ..files import atomic_write
 from ..models.blocks import FeedForward, Layer, SwiGLU
@@ -35,6 +35,8 @@ class Job(config.Config):
     tokenizer: str | None = None
     held_out: float = 0.02
 
+    bounds: ClassVar = {"held_out": (1e-6, 1 - 1e-6)}
+
 
 class Result(NamedTuple):
     """What a job ended with; loss (nats per token) and bits per byte are of the held-out text."""
@@ -49,8 +51,7 @@ class Result(NamedTuple):
 
 def simple_model(mixer: str, d_model: int, layers: int, vocab_size: int) -> LanguageModel.Config:
     """Layers of a mixer and a SwiGLU each. ``mixer`` is a name or your own dotted path, else ``ValueError``."""
-    if layers < 1:
-        raise ValueError(f"layers must be at least 1, got {layers}")
+    arguments.whole("layers", layers, 1, 10_000)
     found = config.find(mixer)
     if issubclass(found, FeedForward):
         raise ValueError(
@@ -99,7 +100,7 @@ def train(
     Same job, same folder: it goes on from the last checkpoint. Errors are those of ``Corpus.from_paths`` and
     ``Trainer.run``. ``device`` "auto" is the GPU where there is one.
     """
-    folder = Path(folder)
+    folder = arguments.folder(folder)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = open_tokenizer(job.tokenizer)

@@ -7,6 +7,7 @@ A run in a folder keeps ``checkpoint.safetensors`` (replaced whole) and ``metric
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import signal
@@ -16,12 +17,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .. import config
+from ..arguments import COUNT, SEED, SHARE, TOTAL
 from ..files import atomic_write
 from . import checkpoint
 from .data import Batch, Corpus
@@ -29,6 +31,7 @@ from .divergence import first_broken
 from .optim import learning_rate, make_optimizer, set_learning_rate
 
 METRICS = "metrics.jsonl"
+LOCKED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class Progress(NamedTuple):
@@ -85,17 +88,21 @@ class Trainer:
         bf16: bool = False
         save_every: int = 100
 
+        bounds: ClassVar = {
+            "tokens": TOTAL,
+            "lr": (1e-12, 1e3),
+            "warmup": SHARE,
+            "weight_decay": (0.0, 1e3),
+            "betas": (0.0, 1 - 1e-9),
+            "clip": (0.0, 1e12),
+            "seed": SEED,
+            "save_every": (0, COUNT[1]),
+        }
+
         def __post_init__(self) -> None:
-            for name in ("tokens", "context", "batch", "accumulate"):
-                if getattr(self, name) < 1:
-                    raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-            for name in ("weight_decay", "clip", "seed", "save_every"):
-                if not getattr(self, name) >= 0:
-                    raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-            if not (self.lr > 0 and math.isfinite(self.lr)):
-                raise ValueError(f"lr must be positive, got {self.lr}; 1e-4 to 3e-3 suit most models")
-            if not 0 <= self.warmup <= 1:
-                raise ValueError(f"warmup is a share of the steps from 0 to 1, got {self.warmup}")
+            super().__post_init__()
+            if len(self.betas) != 2:
+                raise ValueError(f"betas must be two numbers, got {list(self.betas)}")
             if self.batch % self.accumulate:
                 raise ValueError(
                     f"a batch of {self.batch} rows cannot be split into {self.accumulate} equal parts; "
@@ -187,8 +194,12 @@ class Trainer:
         try:
             yield
         except OSError as error:
+            cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+            advice = "See to that" if error.errno in LOCKED else "Make room"
             raise OSError(
-                error.errno, f"step {self.step}: {error.strerror or error}; {self._kept()}. Make room and run it again"
+                error.errno,
+                f"step {self.step}: could not write to {self.folder}: {cause.strerror or cause}; {self._kept()}. "
+                f"{advice} and run it again",
             ) from error
 
     def _kept(self) -> str:

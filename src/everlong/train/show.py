@@ -23,7 +23,7 @@ def refuse_other_options(context: typer.Context, chosen: str, *excluded: str) ->
     for name in excluded or tuple(context.params):
         source = context.get_parameter_source(name)
         if name != chosen and source is not None and source.name == "COMMANDLINE":
-            typed = "paths" if name == "paths" else f"--{name.replace('_', '-').replace('length', 'context')}"
+            typed = "paths" if name == "paths" else f"--{name.replace('_', '-')}"
             raise ValueError(f"--{chosen} already says what {typed} would set; leave one of them out")
 
 
