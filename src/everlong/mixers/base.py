@@ -16,7 +16,11 @@ from torch import Tensor, nn
 
 from .. import config, shapes
 from .. import state as states
+from ..ops.gate import gate
+from ..ops.gated_norm import gated_norm
+from ..ops.linear import Linear, linear
 from ..ops.norm import norm
+from ..ops.short_conv import short_conv, short_conv_step, windows
 
 __all__ = [
     "Config",
@@ -26,10 +30,14 @@ __all__ = [
     "Mixing",
     "RMSNorm",
     "block_diagonal",
-    "conv_silu",
+    "convolve",
+    "convolve_step",
     "dt_bias",
     "identity_values",
+    "norm_then_gate",
+    "precise",
     "split_heads",
+    "weights_and_bias",
 ]
 
 Memory = Literal["none", "constant", "window", "linear"]
@@ -190,9 +198,72 @@ def split_heads(width: int, n_heads: int) -> int:
     return width // n_heads
 
 
-def conv_silu(conv: nn.Conv1d) -> dict[str, Any]:
-    """The arguments with which ``ops/short_conv`` computes ``silu(conv(x))``: weight [C W], bias [C] or None."""
-    return {"weight": conv.weight[:, 0], "bias": conv.bias, "activation": "silu"}
+def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether reading the parameters of ``module`` says as much as calling it.
+
+    It does where the module computes what ``kind`` does (a parametrisation changes what is read, not what is computed)
+    and bears no hook. Wrappers, adapters and replacements must be called.
+    """
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    if hooks or nn.modules.module._has_any_global_hook():
+        return False
+    return type(module).forward is kind.forward and "forward" not in module.__dict__
+
+
+def weights_and_bias(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``W x`` and ``b`` of a linear map whose bias an op adds itself, in its own precision.
+
+    For a wrapper or a map with hooks, all that it gives, and zeros.
+    """
+    if plain(module, Linear):
+        return linear(x, module.weight), module.bias
+    y = module(x)
+    return y, y.new_zeros(y.shape[-1:])
+
+
+def convolve(
+    conv: Any, x: Tensor, *, state: Tensor, starts: Tensor | None = None, activation: str | None = "silu"
+) -> tuple[Tensor, Tensor]:
+    """``act(conv(x))`` of a depthwise ``nn.Conv1d``, x [B T C], and its last inputs (see ``ops/short_conv``).
+
+    A wrapper, or a convolution with hooks, is called with the window [B*T C W] of each token, which takes W times the
+    memory.
+    """
+    if plain(conv, nn.Conv1d):
+        fixed: dict[str, Any] = {"weight": conv.weight[:, 0], "bias": conv.bias, "activation": activation}
+        return short_conv(x, **fixed, state=state, starts=starts)
+    seen, after = windows(x, state, starts)
+    y = conv(seen.flatten(0, 1)).squeeze(-1).unflatten(0, x.shape[:2]).to(x.dtype)
+    return (y if activation is None else nn.functional.silu(y)), after
+
+
+def convolve_step(conv: Any, x: Tensor, *, state: Tensor, activation: str | None = "silu") -> tuple[Tensor, Tensor]:
+    """``convolve`` for one token, x [B C]."""
+    if plain(conv, nn.Conv1d):
+        fixed: dict[str, Any] = {"weight": conv.weight[:, 0], "bias": conv.bias, "activation": activation}
+        return short_conv_step(x, **fixed, state=state)
+    y, after = convolve(conv, x[:, None], state=state, activation=activation)
+    return y[:, 0], after
+
+
+def norm_then_gate(norm: Any, x: Tensor, z: Tensor) -> Tensor:
+    """``norm(x) silu(z)``, in one pass where the norm is an ``RMSNorm`` without wrapper and hooks."""
+    if plain(norm, RMSNorm):
+        return gated_norm(x, z, weight=norm.weight, eps=norm.eps, first="norm")
+    y = norm(x)
+    return gate(y, z.to(y.dtype))
+
+
+def precise(module: nn.Module, x: Tensor) -> Tensor:
+    """``module(x)`` in fp32 (fp64 for fp64): the linear maps of decays and steps, also under bf16 inputs.
+
+    Weights that were made narrower (those that came so from a file) are widened for the call.
+    """
+    wide = shapes.state_dtype(x)
+    if x.dtype != wide or next(module.parameters()).dtype != wide:
+        narrow = {name: p.to(wide) for name, p in module.named_parameters() if p.dtype != wide}
+        return torch.func.functional_call(module, narrow, (x.to(wide),)) if narrow else module(x.to(wide))
+    return module(x)
 
 
 def block_diagonal(x: Tensor, weight: Tensor) -> Tensor:

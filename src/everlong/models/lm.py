@@ -101,7 +101,7 @@ class LanguageModel(nn.Module):
 
     def init_state(self, batch: int) -> State:
         """The state before the first token, for ``batch`` rows."""
-        position = torch.zeros(batch, dtype=torch.int64, device=self.norm.weight.device)
+        position = torch.zeros(batch, dtype=torch.int64, device=next(self.norm.parameters()).device)
         return self.State(layers=tuple(layer.init_state(batch) for layer in self.layers), position=position)
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -129,9 +129,15 @@ class LanguageModel(nn.Module):
         elif isinstance(self.embedding, PackedEmbedding):
             logits = self.embedding.logits(hidden)
         else:
-            logits = linear(hidden, self.embedding.weight)
+            logits = linear(hidden, self._table())
         cap = self.cfg.logit_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def _table(self) -> Tensor:
+        """The embedding of every token [vocab D], which a tied head multiplies; a wrapper is asked for all of it."""
+        if isinstance(self.embedding, nn.Embedding):
+            return self.embedding.weight
+        return self.embedding(torch.arange(self.cfg.vocab_size, device=next(self.embedding.parameters()).device))
 
     def hidden(
         self, tokens: Tensor, state: State | None = None, *, starts: Tensor | None = None
