@@ -80,6 +80,12 @@ class ChangesItsState(Average):
         return y, after
 
 
+class KeepsItsInput(Average):
+    def step(self, x, state):
+        y, after = super().step(x, state)
+        return y, self.State(memory=x) if x.dtype == torch.float64 and len(x) == 2 else after
+
+
 class Grows(Average):
     def forward(self, x, state=None, *, starts=None):
         y, state = super().forward(x, state, starts=starts)
@@ -142,6 +148,7 @@ BROKEN = {
     "rows": MixesRows,
     "reset": IgnoresStarts,
     "value": ChangesItsState,
+    "aliasing": KeepsItsInput,
     "memory": Grows,
     "round trip": ForgetsItsConfig,
     "matrix": WrongMatrix,

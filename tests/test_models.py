@@ -36,7 +36,7 @@ def subject(name, cfg):
     return Tokens(name, model, model.build)
 
 
-@pytest.mark.parametrize("law", ["split", "rows", "reset", "value", "round trip", "compile"])
+@pytest.mark.parametrize("law", ["split", "rows", "reset", "value", "aliasing", "round trip", "compile"])
 @pytest.mark.parametrize("name", mixer_names())
 def test_law(name, law):
     laws.check(subject(name, find(name).Config()), law)

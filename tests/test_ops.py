@@ -114,6 +114,32 @@ def test_pieces_equal_the_whole(name, variant, backend):
     laws.same(carried, final, "final state")
 
 
+ROWS = [(n, v, row) for n, v in OPS for row in MODULES[n].TABLE]
+
+
+@pytest.mark.parametrize("name,variant,row", [pytest.param(n, v, r, id=f"{n}-{v}-{r.name}") for n, v, r in ROWS])
+@torch.no_grad()
+def test_inputs_outputs_and_states_share_no_memory(name, variant, row):
+    """The op's verb and its step: whatever is overwritten after the call, nothing else changes."""
+    for dtype in (torch.float64, torch.float32):
+        case = Case("memory", time=9, variant=variant)
+        for initial in (None, later_state(name, case)):
+            inputs = {k: single(x, dtype) for k, x in MODULES[name].inputs(case).items()}
+            before = None if initial is None else state.map_leaves(lambda leaf: single(leaf, dtype).clone(), initial)  # noqa: B023
+            if row.name == "native" and (row.refuse(**inputs, state=before) or dtype == torch.float64):
+                continue
+            y, after = op_of(name)(**inputs, state=before, backend=row.name)
+            tensors = {k: x for k, x in inputs.items() if is_tensor(x)}
+            laws._apart({**tensors, "y": y}, {"given state": before if before is not None else (), "new state": after})
+
+
+def single(x, dtype):
+    """Floating and complex tensors in the precision of ``dtype``; all else as it is."""
+    if not is_tensor(x) or not (x.is_floating_point() or x.is_complex()):
+        return x
+    return x.to(dtype.to_complex() if x.is_complex() else dtype)
+
+
 @pytest.mark.parametrize("name,variant,backend", TWINS)
 def test_gradcheck(name, variant, backend):
     case = Case("gradcheck", batch=1, time=5, heads=1, keys=2, values=2, variant=variant)

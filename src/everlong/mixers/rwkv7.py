@@ -178,7 +178,7 @@ class RWKV7(base.Mixer):
         before = self.begin(x, state)
         parts = self._parts(x, before.last, side)
         y, memory = delta_rule_step(**parts.rule, state=before.memory)
-        return self._finish(y, parts), self.State(last=x, memory=memory)
+        return self._finish(y, parts), self.State(last=x.clone(), memory=memory)
 
     def mixing(self, x: Tensor, side: dict[str, Tensor] | None = None) -> base.Mixing:
         """See ``base.Mixer.mixing``: y before its norm, without the bonus; one matrix per head."""

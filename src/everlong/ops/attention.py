@@ -247,7 +247,7 @@ def _filled(k: Tensor, v: Tensor, window: int | None) -> Cache:
     time = k.shape[1]
     position = torch.full((len(k),), time, dtype=torch.long, device=k.device)
     if window is None:
-        return Cache(k, v, position)
+        return Cache(k.clone(), v.clone(), position)  # the caller may overwrite its own
     if time <= window:
         k, v = (F.pad(x, [0, 0, 0, 0, 0, window - time]) for x in (k, v))
     else:
