@@ -18,6 +18,7 @@ LEVELS = [
     {"ops"},
     {"mixers"},
     {"models"},
+    {"aliasing"},
     {"checkpoints", "laws"},
     {"train", "tasks", "bench"},
     {"report"},

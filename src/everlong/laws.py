@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import state as states
+from .aliasing import aliasing
 from .config import Config
 from .files import atomic_save_tensors, read_tensors
 from .mixers import base
@@ -215,42 +216,6 @@ def value(subject: Subject) -> None:
 
 
 @torch.no_grad()
-def aliasing(subject: Subject) -> None:
-    """What a call is given and gives shares no memory: any of it may be overwritten without changing the rest."""
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        module = subject.module(dtype)
-        starts = torch.zeros(2, 9, dtype=torch.bool)
-        starts[1, 4] = True
-        for length, before in ((1, None), (2, None), (9, None), (1, 7), (9, 7)):
-            state = None if before is None else module(subject.input(2, before, dtype))[1]
-            for given in (None, starts) if length == 9 else (None,):
-                x = subject.input(2, length, dtype)
-                y, after = module(x, state, starts=given)
-                _apart({"x": x, "y": y, "starts": given}, {"given state": state or (), "new state": after})
-        for call in ("step", "step_"):
-            for state in (module.init_state(2), module(subject.input(2, 7, dtype))[1]):
-                x = subject.input(2, 1, dtype)[:, 0].clone()
-                y, after = getattr(module, call)(x, state)
-                own = {} if call == "step_" else {"given state": state}
-                _apart({"x": x, "y": y}, {**own, "new state": after})
-        _apart({}, {"one init_state": module.init_state(2), "another": module.init_state(2)})
-
-
-def _apart(tensors: dict[str, Tensor | None], trees: dict[str, Any]) -> None:
-    """Overwrite one tensor after the other: none of the others may change."""
-    named = [(name, x) for name, x in tensors.items() if x is not None]
-    for label, tree in trees.items():
-        named += [(f"{name} of the {label}", leaf) for name, leaf, _ in states.leaves(tree) if leaf.numel()]
-    values = [x.clone() for _, x in named]
-    for index, (name, x) in enumerate(named):
-        x.logical_not_() if x.dtype == torch.bool else x.add_(1)
-        for other, (theirs, y) in enumerate(named):
-            if other != index and not torch.equal(y, values[other]):
-                raise AssertionError(f"{theirs} changes when {name} is overwritten: they share memory")
-        x.copy_(values[index])
-
-
-@torch.no_grad()
 def memory(subject: Subject) -> None:
     """The declared growth of the state is what ``nbytes`` shows."""
     module = subject.module()
@@ -295,11 +260,9 @@ def round_trip(subject: Subject) -> None:
 def matrix(subject: Subject) -> None:
     """Where the mixer is linear in its values, the mixing matrix times the values equals the output."""
     module = subject.module()
-    try:
-        mixing = module.mixing(subject.input(2, 37))
-    except ValueError:
-        return
-    matrix, values, output = mixing
+    if type(module).mixing is base.Mixer.mixing:
+        return  # it says of itself that it has no matrix
+    matrix, values, output = module.mixing(subject.input(2, 37))
     if matrix.shape != (2, values.shape[2], 37, 37):
         raise AssertionError(
             f"the matrix has shape {list(matrix.shape)}, expected [B H T T] = {[2, values.shape[2], 37, 37]}"
@@ -354,6 +317,17 @@ def gradients(subject: Subject) -> None:
                 raise AssertionError(f"the output is not finite at inputs of size {scale:g} ({dtype})")
 
 
+def names(subject: Subject) -> None:
+    """What the mixer lists by name (no_decay, lr_scales, full_precision, int8_at_least, step_outputs) exists in it."""
+    module = subject.module()
+    if isinstance(module, base.Mixer):
+        module.check_names()
+        maps = {name for name, part in module.named_modules() if hasattr(part, "out_features")}
+        for name in module.step_outputs():
+            if name not in maps:
+                raise AssertionError(f"step_outputs names {name!r}, which is no linear map of it")
+
+
 @torch.no_grad()
 def decodes(subject: Subject) -> None:
     """In a language model, the replayed steps of a decoder equal those of ``step``: logits and final state."""
@@ -393,6 +367,7 @@ LAWS: dict[str, Callable[[Subject], None]] = {
     "compile": compiles,
     "gradients": gradients,
     "decode": decodes,
+    "names": names,
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ __all__ = [
     "convolve_step",
     "dt_bias",
     "identity_values",
+    "listed",
     "norm_then_gate",
     "precise",
     "split_heads",
@@ -101,6 +103,16 @@ class Mixer(nn.Module):
     def step_outputs(self) -> dict[str, int]:
         """Linear maps whose last outputs are decays or steps, and how many: quantisation spares those outputs."""
         return {}
+
+    def check_names(self) -> None:
+        """``ValueError`` for a name in the lists above that nothing in this mixer bears, wrapped or not."""
+        known = [name for name, _ in (*self.named_modules(), *self.named_parameters(), *self.named_buffers())]
+        for table in ("no_decay", "lr_scales", "full_precision", "int8_at_least", "step_outputs"):
+            entries = self.step_outputs() if table == "step_outputs" else getattr(self, table)
+            for entry in entries:
+                if not any(listed(name, [entry]) for name in known):
+                    where = f"{type(self).__name__}.{table} names {entry!r}, which it does not have"
+                    raise ValueError(where + config.suggest(entry, filter(None, known)))
 
     def init_state(self, batch: int) -> Any:
         """The state before the first token, for ``batch`` rows, on the device of the parameters."""
@@ -196,6 +208,19 @@ def split_heads(width: int, n_heads: int) -> int:
     if n_heads < 1 or width < n_heads or width % n_heads:
         raise ValueError(f"width {width} cannot be split into {n_heads} heads; choose a multiple of n_heads")
     return width // n_heads
+
+
+def listed(name: str, entries: Iterable[str]) -> str | None:
+    """The entry that means the part ``name`` of a mixer, or what is inside that: its parts occur there in this order.
+
+    ``dt_proj.bias`` also means ``dt_proj.base_layer.bias``: an adapter may stand between.
+    """
+    parts = name.split(".")
+    for entry in entries:
+        rest = iter(parts)
+        if all(part in rest for part in entry.split(".")):
+            return entry
+    return None
 
 
 def plain(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -26,7 +26,6 @@ from ..shapes import state_dtype
 from ..state import state
 from . import base
 
-LORAS = ("decay", "rate", "value", "gate")
 LOG_DECAY = -math.exp(-0.5)  # the strongest decay of one token, w > exp(-0.607)
 
 
@@ -61,7 +60,7 @@ class RWKV7(base.Mixer):
 
     equation = "S = diag(w) S − (α⊙κ)(κᵀS) + k vᵀ"
     side = ("v_first",)
-    no_decay = ("mix", "r_k", *(f"{lora}.{part}" for lora in LORAS for part in ("down", "up")))
+    no_decay = ("mix", "r_k", "down", "up")
     lr_scales: ClassVar[dict[str, float]] = {"decay.bias": 2.0}
 
     @dataclass(frozen=True, kw_only=True)

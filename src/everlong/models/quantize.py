@@ -63,6 +63,8 @@ def prepare(model: LanguageModel, format: str) -> None:
 def places(model: LanguageModel, format: str) -> Iterator[Place]:
     """The modules that ``format`` packs, by role."""
     mixers = [(path, module) for path, module in model.named_modules() if isinstance(module, base.Mixer)]
+    for _, mixer in mixers:
+        mixer.check_names()
     table = format if model.head is None else "int8"  # rows that are only looked up cost no time
     if model.cfg.d_model >= LEAST:
         yield Place("embedding", model.embedding, table, 0)
@@ -75,8 +77,8 @@ def places(model: LanguageModel, format: str) -> Iterator[Place]:
             continue
         own, mixer = max(owners, key=lambda pair: len(pair[0]))
         name = path[len(own) + 1 :]
-        if not _named(name, mixer.full_precision):
-            least = "int8" if _named(name, mixer.int8_at_least) else format
+        if not base.listed(name, mixer.full_precision):
+            least = "int8" if base.listed(name, mixer.int8_at_least) else format
             yield Place(path, module, least, mixer.step_outputs().get(name, 0))
 
 
@@ -87,11 +89,6 @@ def weight_bytes(module: nn.Module) -> int:
 
 def _fits(linear: nn.Linear) -> bool:
     return LEAST <= linear.in_features <= MAX_IN and linear.out_features >= LEAST
-
-
-def _named(name: str, names: tuple[str, ...]) -> bool:
-    """Whether a module is one of ``names``, or inside one."""
-    return any(name == other or name.startswith(other + ".") for other in names)
 
 
 def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
