@@ -1,6 +1,8 @@
 """The house rules: imports go down only, importing is cheap, files and functions keep their size."""
 
 import ast
+import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from everlong.report.readme import generated
 
 ROOT = Path(everlong.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
+CPP = sorted(path for path in ROOT.rglob("*") if path.suffix in (".cpp", ".h"))
 LEVELS = [
     {"shapes", "config", "files", "machine", "numerics", "tokenizer"},
     {"state"},
@@ -32,10 +35,16 @@ def level(parts):
 
 
 def imports(path):
-    """(module path below everlong, line) of every relative import."""
+    """(module path below everlong, line) of every import of the package's own modules, relative or not."""
     package = path.relative_to(ROOT).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
+        if isinstance(node, ast.Import):
+            absolute = [alias.name.split(".") for alias in node.names]
+            yield from ((module[1:], node.lineno) for module in absolute if module[0] == "everlong" and module[1:])
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module.split(".")[0] == "everlong":
+            module = node.module.split(".")[1:]
+            yield from ((module or [alias.name], node.lineno) for alias in node.names if alias.name != "__version__")
+        elif isinstance(node, ast.ImportFrom) and node.level:
             base = package[: len(package) - node.level + 1]
             module = [*base, *(node.module.split(".") if node.module else [])]
             for alias in node.names:
@@ -52,15 +61,63 @@ def test_imports_go_down(path):
         assert level(target) <= level(own), f"{'/'.join(own)}:{line} imports upwards, from {'.'.join(target)}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_sizes(path):
-    text = path.read_text()
-    limit = 600 if {"native", "triton"} & set(path.parts) else 400
-    assert text.count("\n") <= limit, f"{path.name} has {text.count(chr(10))} lines, at most {limit}"
+def lines_allowed(path, root=ROOT):
+    """Of a file, wherever the checkout lies: kernels are longer."""
+    return 600 if {"native", "triton"} & set(path.relative_to(root).parts) else 400
+
+
+def python_functions(text):
+    """(name, lines); a list of documented options is not counted."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            length = node.end_lineno - node.body[0].lineno + 1  # a list of documented options is not counted
-            assert length <= 50 or "native" in path.parts, f"{path.name}:{node.name} has {length} lines, at most 50"
+            yield node.name, node.end_lineno - node.body[0].lineno + 1
+
+
+def cpp_functions(text):
+    """(first line, lines) of what stands between ``) {`` and its closing brace; what is inside counts for the outer."""
+    depth, begin, blocks = 0, None, []
+    for number, line in enumerate(text.split("\n")):
+        code = re.sub(r'"(\\.|[^"\\])*"|\'.\'|//.*', "", line)
+        if begin is None and re.search(r"\)( const| noexcept| override)* \{$", code):
+            begin, blocks = number, depth
+        depth += code.count("{") - code.count("}")
+        if begin is not None and depth <= blocks and "}" in code:
+            yield text.split("\n")[begin].strip(), number - begin + 1
+            begin = None
+
+
+@pytest.mark.parametrize("path", [*FILES, *CPP], ids=lambda p: str(p.relative_to(ROOT)))
+def test_sizes(path):
+    text, limit = path.read_text(), lines_allowed(path)
+    assert text.count("\n") <= limit, f"{path.name} has {text.count(chr(10))} lines, at most {limit}"
+    for name, length in (cpp_functions if path in CPP else python_functions)(text):
+        assert length <= 50, f"{path.name}: {name} has {length} lines, at most 50"
+
+
+def test_limits_do_not_depend_on_where_the_checkout_lies():
+    root = Path("/home/native/triton/everlong")
+    assert lines_allowed(root / "cli.py", root) == 400
+    assert lines_allowed(root / "ops" / "native" / "vec.h", root) == 600
+
+
+def test_absolute_imports_and_long_kernels_are_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr("test_house.ROOT", tmp_path)
+    path = tmp_path / "report" / "odd.py"
+    path.parent.mkdir()
+    path.write_text("import everlong.cli\nfrom everlong.compare.run import Run\nfrom everlong import files\n")
+    assert [target for target, _ in imports(path)] == [["cli"], ["compare", "run"], ["files"]]
+    body = "  if (x) {\n    y();\n  }\n" * 30
+    text = (
+        f"namespace ev {{\nstruct A {{\n  int f() const {{ return 1; }}\n}};\nint g(int x,\n      int y) {{\n{body}}}\n"
+    )
+    assert list(cpp_functions(text)) == [("int y) {", 92)]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ops").glob("*.py")), ids=lambda p: p.stem)
+def test_the_rows_of_a_table_are_different_functions(path):
+    """A form that is its own reference proves nothing."""
+    table = getattr(importlib.import_module(f"everlong.ops.{path.stem}"), "TABLE", ())
+    assert len({row.run for row in table}) == len(table), [row.name for row in table]
 
 
 def test_importing_costs_torch_and_nothing_else():

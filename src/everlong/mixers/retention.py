@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import shapes
-from ..ops.attention import token_positions
+from ..ops.common import token_positions
 from ..ops.gated_norm import gated_norm
 from ..ops.linear import Linear
 from ..ops.linear_attention import linear_attention, linear_attention_step
