@@ -54,6 +54,20 @@ def test_steps_equal_the_whole(name):
             assert torch.equal(state.position, final.position)
 
 
+def test_a_hybrid_whose_rwkv7_is_not_in_front():
+    def model(*mixers):
+        layers = tuple(Layer.Config(mixer=mixer) for mixer in mixers)
+        return LanguageModel.Config(vocab_size=50, d_model=64, layers=layers)
+
+    gla, rwkv7 = find("gla").Config(), find("rwkv7").Config
+    for mixers in ((gla, rwkv7()), (rwkv7(value_residual=True),), (gla, rwkv7(value_residual=True), rwkv7())):
+        with pytest.raises(ValueError, match=r"layers\[[01]\] \(rwkv7\) reads 'v_first'.*value_residual=False"):
+            model(*mixers)
+    for mixers in ((gla, rwkv7(value_residual=False), gla, rwkv7()), (rwkv7(), gla, rwkv7())):
+        logits = model(*mixers).build()(torch.randint(0, 50, (2, 5)))[0]
+        assert logits.isfinite().all()
+
+
 @pytest.mark.parametrize("name", mixer_names())
 def test_a_state_keeps_no_more_memory_than_it_says(name):
     for cfg in find(name).examples().values():

@@ -8,8 +8,9 @@ the file name is its name, and ``everlong check`` tests the laws of the contract
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -38,10 +39,12 @@ __all__ = [
     "listed",
     "norm_then_gate",
     "precise",
+    "spared",
     "split_heads",
     "weights_and_bias",
 ]
 
+NARROW = (torch.bfloat16, torch.float16)
 Memory = Literal["none", "constant", "window", "linear"]
 
 
@@ -65,6 +68,14 @@ class Config(config.Config):
         """The layer for inputs of width ``d_model``."""
         return self.owner(self, d_model, depth)
 
+    def reads(self, depth: Depth) -> tuple[str, ...]:
+        """Values in ``side`` that the layer at ``depth`` cannot do without; a layer before it must write them."""
+        return ()
+
+    def writes(self, depth: Depth) -> tuple[str, ...]:
+        """Values that it leaves in ``side`` for the layers behind it."""
+        return ()
+
 
 class Mixing(NamedTuple):
     """``output_i = sum_j matrix_ij values_j`` per head, before any output gate, norm or projection."""
@@ -84,7 +95,7 @@ class Mixer(nn.Module):
     no_decay: ClassVar[tuple[str, ...]] = ()  # parts that weight decay must spare, beside all vectors
     cfg: Any  # the class's own Config
     lr_scales: ClassVar[dict[str, float]] = {}  # parameters that learn at a multiple of the learning rate
-    full_precision: ClassVar[tuple[str, ...]] = ()  # linear maps that quantisation spares: those of decays and steps
+    full_precision: ClassVar[tuple[str, ...]] = ()  # decays and steps: fp32 in bf16, fp16, int8 and int4 models too
     int8_at_least: ClassVar[tuple[str, ...]] = ()  # linear maps that are int8 in an int4 model
 
     def __init__(self, cfg: Any, d_model: int, depth: Depth = Depth()) -> None:
@@ -147,6 +158,21 @@ class Mixer(nn.Module):
         states.check_like(state, self.init_state(0), x.shape[0], f"state of {type(self).__name__}")
         return state
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """``.to``, ``.half`` and the like: what ``full_precision`` names becomes fp32 where they would narrow it."""
+        before = {name: tensor.data for name, tensor in self._spared()}
+        super()._apply(fn, recurse)
+        for name, tensor in self._spared():
+            if tensor.dtype in NARROW and before[name].dtype not in NARROW:
+                tensor.data = before[name].to(tensor.device, torch.float32)
+                if tensor.grad is not None:
+                    tensor.grad = tensor.grad.float()
+        return self
+
+    def _spared(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that ``full_precision`` names, themselves or as parts of a module."""
+        return ((name, p) for name, p in self.named_parameters() if listed(name, self.full_precision))
+
     @property
     def factory(self) -> dict[str, Any]:
         """``device`` and ``dtype`` of the parameters, for convolution and key-value caches."""
@@ -160,11 +186,12 @@ class Mixer(nn.Module):
         return {"device": tensor.device, "dtype": shapes.state_dtype(tensor)}
 
     def _example(self) -> Tensor:
-        """A parameter; where quantisation has left none, an fp32 tensor on the device of the weights."""
-        parameter = next(self.parameters(), None)
-        if parameter is not None:
-            return parameter
-        return torch.empty(0, device=next(self.buffers()).device)
+        """A parameter in the dtype of the model; where quantisation has left none, one in fp32."""
+        ours = (p for name, p in self.named_parameters() if not listed(name, self.full_precision))
+        example = next(ours, None)
+        if example is not None:
+            return example
+        return torch.empty(0, device=next(itertools.chain(self.buffers(), self.parameters())).device)
 
     def mixing(self, x: Tensor) -> Mixing:
         """The token mixing of ``forward(x)`` from an empty state, taken apart (see ``Mixing``).
@@ -196,6 +223,12 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [... D] -> [... D], in the dtype of the weights."""
         return norm(x, weight=self.weight, eps=self.eps)
+
+
+def spared(model: nn.Module) -> set[str]:
+    """The names of the parameters of a model that stay in fp32 when it is converted: those of full precision."""
+    mixers = ((path, part) for path, part in model.named_modules() if isinstance(part, Mixer))
+    return {f"{path}.{name}".lstrip(".") for path, mixer in mixers for name, _ in mixer._spared()}
 
 
 def identity_values(batch: int, time: int, heads: int, *, like: Tensor) -> Tensor:
@@ -238,12 +271,14 @@ def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 def weights_and_bias(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """``W x`` and ``b`` of a linear map whose bias an op adds itself, in its own precision.
 
-    For a wrapper or a map with hooks, all that it gives, and zeros.
+    For a wrapper or a map with hooks, all that it gives, and zeros. Computed as ``precise`` does; ``W x`` like x.
     """
-    if plain(module, Linear):
-        return linear(x, module.weight), module.bias
-    y = module(x)
-    return y, y.new_zeros(y.shape[-1:])
+    if not plain(module, Linear):
+        y = precise(module, x)
+        return y, y.new_zeros(y.shape[-1:])
+    if x.dtype in NARROW:
+        return linear(x.to(module.weight.dtype), module.weight).to(x.dtype), module.bias
+    return linear(x, module.weight), module.bias
 
 
 def convolve(

@@ -48,7 +48,7 @@ class GatedDelta(base.Mixer):
         conv: Tensor  # [B W-1 C] of q, k and v
         memory: Tensor  # [B H K V] fp32
 
-    full_precision = ("beta_proj", "decay_proj")
+    full_precision = ("beta_proj", "decay_proj", "A_log", "dt_bias")
 
     def __init__(self, cfg: Config, d_model: int, depth: base.Depth = base.Depth()) -> None:
         super().__init__(cfg, d_model, depth)

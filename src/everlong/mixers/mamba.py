@@ -31,7 +31,7 @@ class Mamba(base.Mixer):
 
     equation = "h = exp(dt A) h + dt x Bᵀ,  A diagonal per channel"
     no_decay = ("A_log", "D", "dt_proj.bias")
-    full_precision = ("dt_proj",)
+    full_precision = ("dt_proj", "A_log")
     int8_at_least = ("x_proj",)
 
     @dataclass(frozen=True, kw_only=True)

@@ -40,6 +40,7 @@ class Mamba2(base.Mixer):
 
     equation = "S = exp(dt A) S + B (dt x)ᵀ,  A scalar per head"
     no_decay = ("A_log", "D", "dt_bias")
+    full_precision = ("A_log", "dt_bias")
 
     @dataclass(frozen=True, kw_only=True)
     class Config(base.Config):

@@ -56,8 +56,23 @@ class LanguageModel(nn.Module):
             for layer in self.layers:
                 if not isinstance(layer, Layer.Config):
                     raise ValueError(f"layers holds {layer!r}, expected Layer.Config(mixer=..., mlp=...)")
+            self._check_side()
             if self.vocab_size < 1 or self.d_model < 1:
                 raise ValueError(f"vocab_size and d_model must be positive, got {self.vocab_size} and {self.d_model}")
+
+        def _check_side(self) -> None:
+            """Every layer finds the values that it shares with others."""
+            there: set[str] = set()
+            for index, layer in enumerate(self.layers):
+                depth = base.Depth(index, len(self.layers))
+                for block in filter(None, (layer.mixer, layer.mlp)):
+                    missing = [name for name in block.reads(depth) if name not in there]
+                    if missing:
+                        raise ValueError(
+                            f"layers[{index}] ({block.kind}) reads {missing[0]!r}, which no layer before it writes; "
+                            "the first layer of a kind that shares values must write them (RWKV-7: value_residual=False)"
+                        )
+                    there.update(block.writes(depth))
 
         def build(self) -> LanguageModel:
             """The model, at its initial values."""

@@ -37,16 +37,26 @@ class Place(NamedTuple):
 def quantized(model: LanguageModel, format: str) -> LanguageModel:
     """A model with its weights in ``format``, in evaluation mode; what does not change is shared, not copied.
 
-    "int8" and "int4" pack the linear maps and make the rest fp32; "fp32" and "bf16" convert all weights, as
-    ``model.to(dtype)`` does. ``ValueError`` for an unknown format and for a model that is quantised already.
+    "int8" and "int4" pack the linear maps and make the rest fp32; "fp32" and "bf16" convert all weights (but, to bf16,
+    those that mixers call full precision), as ``model.to(dtype)`` does. ``ValueError`` for an unknown format and for a
+    model that is quantised already or wrapped.
     """
     check_format(format)
     if model.weights is not None:
         raise ValueError(f"the weights are {model.weights} already; quantise the model in full precision")
     with torch.device("meta"):
         made = model.cfg.build()
-    dtype = DTYPES.get(format, torch.float32)
-    tensors = {name: _converted(tensor.detach(), dtype) for name, tensor in model.state_dict().items()}
+    dtype, wide = DTYPES.get(format, torch.float32), base.spared(made)
+    tensors = {
+        name: _converted(tensor.detach(), torch.float32 if name in wide else dtype)
+        for name, tensor in model.state_dict().items()
+    }
+    odd = sorted(set(tensors) ^ set(made.state_dict()))
+    if odd:
+        raise ValueError(
+            f"the weights are not those of the model's config ({len(odd)} names differ, first {odd[0]!r}); "
+            "merge adapters and remove parametrisations and wrappers before changing the format"
+        )
     made.load_state_dict(tensors, assign=True)
     if format not in DTYPES:
         _replace(made, format, _pack)
