@@ -70,7 +70,7 @@ class LanguageModel(nn.Module):
                     if missing:
                         raise ValueError(
                             f"layers[{index}] ({block.kind}) reads {missing[0]!r}, which no layer before it writes; "
-                            "the first layer of a kind that shares values must write them (RWKV-7: value_residual=False)"
+                            "the first of a kind that shares values must write them (RWKV-7: value_residual=False)"
                         )
                     there.update(block.writes(depth))
 
