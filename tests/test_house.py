@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import everlong
+from everlong import numerics
 from everlong.report.readme import generated
 
 ROOT = Path(everlong.__file__).parent
@@ -118,6 +119,69 @@ def test_the_rows_of_a_table_are_different_functions(path):
     """A form that is its own reference proves nothing."""
     table = getattr(importlib.import_module(f"everlong.ops.{path.stem}"), "TABLE", ())
     assert len({row.run for row in table}) == len(table), [row.name for row in table]
+
+
+COMPARE = {"assert_close": 2, "same": 3, "isclose": 2}  # arguments before the tolerance
+
+
+def own_tolerances(text):
+    """Lines whose comparison brings a tolerance of its own: a number, or a float that the file names for it."""
+    tree = ast.parse(text)
+    floats = (ast.Constant, ast.Dict, ast.Tuple, ast.List)
+    own = {
+        target.id
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, floats)
+        for target in node.targets
+        if isinstance(target, ast.Name) and any(_small(part) for part in ast.walk(node.value))
+    }
+    helpers = {
+        node.name: [argument.arg for argument in node.args.args].index("tolerance")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and "tolerance" in [argument.arg for argument in node.args.args]
+    }
+    first = {**COMPARE, **helpers}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        torches = name == "assert_close" and "testing" in ast.unparse(node.func) and "atol" not in ast.unparse(node)
+        named = [k.value for k in node.keywords if k.arg in ("atol", "rtol", "tolerance", "rel")]
+        given = [*node.args[first[name] :], *named] if name in first else named
+        parts = [part for argument in given for part in ast.walk(argument)]
+        if name == "allclose" or torches or any(_small(p) or getattr(p, "id", "") in own for p in parts):
+            yield node.lineno
+
+
+def _small(node):
+    return isinstance(node, ast.Constant) and isinstance(node.value, float) and 0 < node.value < 0.5
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("test_*.py")), ids=lambda p: p.stem)
+def test_tolerances_are_those_of_the_table(path):
+    for line in own_tolerances(path.read_text()):
+        raise AssertionError(f"{path.name}:{line} compares within a tolerance of its own; take one of numerics.BOUNDS")
+
+
+def test_own_tolerances_are_found():
+    text = """LIMIT = {"a": 1e-3}
+def compare(a, b, tolerance): ...
+torch.allclose(a, b)
+numerics.assert_close(a, b, "x", 1e-5)
+numerics.assert_close(a, b, "x", LIMIT["a"])
+torch.testing.assert_close(a, b)
+compare(a, b, 10 * 1e-4)
+x == pytest.approx(y, rel=1e-4)
+laws.same(a, b, "x", tolerance=0.01 if c else 0.1)
+"""
+    fine = 'numerics.assert_close(a, b, "x", numerics.BOUNDS["fp32 scan"])\nnumerics.assert_close(a, b, "x")\n'
+    assert sorted(own_tolerances(text)) == list(range(3, 10)) and not list(own_tolerances(fine))
+
+
+def test_the_table_of_bounds_is_documented():
+    page = (Path(__file__).parent.parent / "docs" / "numerics.md").read_text()
+    for name, bound in numerics.BOUNDS.items():
+        assert f"| {name} | {bound:g} |" in page, f"docs/numerics.md does not say what {name!r} is"
 
 
 def test_importing_costs_torch_and_nothing_else():

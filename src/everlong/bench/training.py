@@ -20,7 +20,7 @@ from ..config import find
 from ..models.blocks import Layer, Norm, SwiGLU, pattern
 from ..models.channel_mix import ChannelMix
 from ..models.lm import LanguageModel
-from ..numerics import relative_errors
+from ..numerics import BOUNDS, relative_errors
 from ..train.loop import Trainer
 from ..train.optim import make_optimizer
 from . import clock
@@ -28,7 +28,10 @@ from .engines import randomized
 
 Row = dict[str, Any]
 CHECKED = 64  # tokens on which loss and gradients are compared with the reference loops
-LIMITS = {"fp32": 1e-3, "bf16": 0.1}  # largest relative error of loss and of the whole gradient
+LIMITS = {
+    "fp32": BOUNDS["fp32 gradient"],
+    "bf16": BOUNDS["bf16 training"],
+}  # largest relative error of loss and of the whole gradient
 
 
 @dataclass(frozen=True)
