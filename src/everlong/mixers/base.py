@@ -187,10 +187,12 @@ class Mixer(nn.Module):
 
     def _example(self) -> Tensor:
         """A parameter in the dtype of the model; where quantisation has left none, one in fp32."""
-        ours = (p for name, p in self.named_parameters() if not listed(name, self.full_precision))
-        example = next(ours, None)
-        if example is not None:
-            return example
+        for name, own in self._parameters.items():  # asked for at every step, so the nearest first
+            if own is not None and name not in self.full_precision:
+                return own
+        for name, parameter in self.named_parameters():
+            if not listed(name, self.full_precision):
+                return parameter
         return torch.empty(0, device=next(itertools.chain(self.buffers(), self.parameters())).device)
 
     def mixing(self, x: Tensor) -> Mixing:
