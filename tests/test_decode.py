@@ -102,7 +102,7 @@ def test_a_row_does_not_depend_on_its_batch(name):
 @pytest.mark.parametrize("options", [{}, dict(tied=False)], ids=["tied", "untied"])
 def test_packed_weights(weights, options):
     model = quantized(model_of("rwkv7", "mamba", "mamba2", "attention", **options), weights)
-    decoder, *_ = both(model, 3, 1e-3)  # two paths may round an input to different digits
+    decoder, *_ = both(model, 3, numerics.BOUNDS["int8 decoding"])  # two paths may round an input to different digits
     assert native.MISSING or [place for place, _ in decoder.explain()] == ["layers.3.0"]
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import everlong
+from everlong import numerics
 from everlong import state as states
 from everlong.config import find, mixer_names
 from everlong.models.blocks import Layer
@@ -61,7 +62,7 @@ def test_pieces_do_not_change_what_was_read():
     tokens = torch.randint(0, 256, (2, 300))
     want, whole = model.read(tokens, piece=300)
     got, pieced = model.read(tokens, piece=7)
-    torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-3)
+    numerics.assert_close(got, want, "logits")
     assert torch.equal(whole.position, pieced.position)
 
 
@@ -139,7 +140,7 @@ def test_a_session_that_ended_goes_on_inside_its_document():
     tokens = everlong.generate(model, b"abc", max_tokens=30, sampling=GREEDY, stop_ids=[text[2]])
     shorter = list(tokens)
     want, _ = model.read(torch.tensor([[*b"abc", *shorter]]))
-    torch.testing.assert_close(tokens.session.logits, want, atol=1e-4, rtol=1e-4)
+    numerics.assert_close(tokens.session.logits, want, "logits", numerics.BOUNDS["fp32 scan"])
 
 
 def test_a_tokenizer_file(tmp_path):
@@ -197,7 +198,7 @@ def test_a_chain_handed_to_another_model_is_read_with_its_weights():
     with torch.no_grad():
         _, state = first.step_(token, first.init_state(1))
         want, _ = other.step(token, states.map_leaves(torch.clone, state))
-        torch.testing.assert_close(other.step_(token, state)[0], want, atol=1e-3, rtol=1e-3)
+        numerics.assert_close(other.step_(token, state)[0], want, "logits")
 
 
 def test_a_very_low_temperature_takes_the_most_likely_token():

@@ -8,7 +8,11 @@ from torch import Tensor, nn
 
 from everlong import laws
 from everlong.mixers import base
+from everlong.models.blocks import Layer
+from everlong.models.lm import LanguageModel
+from everlong.models.quantize import places
 from everlong.state import state
+from everlong.train.optim import parameter_rules
 
 
 class Average(base.Mixer):
@@ -91,6 +95,12 @@ class ChangesItsState(Average):
         return y, after
 
 
+class KeepsItsInput(Average):
+    def step(self, x, state):
+        y, after = super().step(x, state)
+        return y, self.State(memory=x) if x.dtype == torch.float64 and len(x) == 2 else after
+
+
 class Grows(Average):
     def forward(self, x, state=None, *, starts=None):
         y, state = super().forward(x, state, starts=starts)
@@ -113,6 +123,15 @@ class WrongMatrix(Average):
         values = x[:, :, None]
         matrix = torch.ones(len(x), 1, x.shape[1], x.shape[1], dtype=x.dtype).tril()
         return base.Mixing(matrix, values, self.forward(x)[0][:, :, None])
+
+
+class HidesItsMatrix(Average):
+    def mixing(self, x):
+        raise ValueError("not linear in its values")
+
+
+class NamesWhatIsNot(Average):
+    no_decay = ("decay", "out_porj")
 
 
 class LosesPrecision(Average):
@@ -157,9 +176,11 @@ BROKEN = {
     "reset": IgnoresStarts,
     "isolation": ResetsByMultiplying,
     "value": ChangesItsState,
+    "aliasing": KeepsItsInput,
     "memory": Grows,
     "round trip": ForgetsItsConfig,
     "matrix": WrongMatrix,
+    "names": NamesWhatIsNot,
     "bfloat16": LosesPrecision,
     "compile": DoesNotCompile,
     "gradients": HasDeadParameters,
@@ -176,6 +197,26 @@ def test_a_sound_mixer_obeys(law):
 def test_a_broken_one_is_found_and_the_law_named(law):
     with pytest.raises(laws.LawBroken, match=f"{BROKEN[law].__name__} breaks the law of {law} "):
         laws.check(laws.subjects(BROKEN[law])[0], law)
+
+
+def test_a_matrix_that_is_declared_must_be_there():
+    with pytest.raises(laws.LawBroken, match="HidesItsMatrix breaks the law of matrix .*not linear in its values"):
+        laws.check(laws.subjects(HidesItsMatrix)[0], "matrix")
+
+
+@pytest.mark.parametrize("table", ["no_decay", "lr_scales", "full_precision", "int8_at_least", "step_outputs"])
+def test_a_misspelt_name_is_refused_where_it_is_used(table):
+    given = {"out_porj": 2} if table in ("lr_scales", "step_outputs") else ("out_porj",)
+    body = {table: (lambda self: given) if table == "step_outputs" else given}
+    mixer = type("Misspelt", (Average,), body)
+    message = rf"Misspelt\.{table} names 'out_porj', which it does not have; did you mean 'out_proj'\?"
+    with pytest.raises(laws.LawBroken, match=message):
+        laws.check(laws.subjects(mixer)[0], "names")
+    layer = Layer.Config(mixer=mixer.Config())
+    model = LanguageModel.Config(vocab_size=50, d_model=64, layers=(layer,)).build()
+    for use in (parameter_rules, lambda model: list(places(model, "int8"))):
+        with pytest.raises(ValueError, match=message):
+            use(model)
 
 
 def test_overflow_is_found():

@@ -36,7 +36,7 @@ def subject(name, cfg):
     return Tokens(name, model, model.build)
 
 
-@pytest.mark.parametrize("law", ["split", "rows", "reset", "value", "round trip", "compile"])
+@pytest.mark.parametrize("law", ["split", "rows", "reset", "value", "aliasing", "round trip", "compile"])
 @pytest.mark.parametrize("name", mixer_names())
 def test_law(name, law):
     laws.check(subject(name, find(name).Config()), law)
@@ -52,6 +52,20 @@ def test_steps_equal_the_whole(name):
             got, state = laws._steps(step, tokens, model.init_state(2))
             laws.same(got, want, "logits of single steps")
             assert torch.equal(state.position, final.position)
+
+
+def test_a_hybrid_whose_rwkv7_is_not_in_front():
+    def model(*mixers):
+        layers = tuple(Layer.Config(mixer=mixer) for mixer in mixers)
+        return LanguageModel.Config(vocab_size=50, d_model=64, layers=layers)
+
+    gla, rwkv7 = find("gla").Config(), find("rwkv7").Config
+    for mixers in ((gla, rwkv7()), (rwkv7(value_residual=True),), (gla, rwkv7(value_residual=True), rwkv7())):
+        with pytest.raises(ValueError, match=r"layers\[[01]\] \(rwkv7\) reads 'v_first'.*value_residual=False"):
+            model(*mixers)
+    for mixers in ((gla, rwkv7(value_residual=False), gla, rwkv7()), (rwkv7(), gla, rwkv7())):
+        logits = model(*mixers).build()(torch.randint(0, 50, (2, 5)))[0]
+        assert logits.isfinite().all()
 
 
 @pytest.mark.parametrize("name", mixer_names())

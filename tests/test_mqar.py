@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from everlong import numerics
 from everlong.tasks.mqar import MQAR
 
 
@@ -37,7 +38,7 @@ def test_gaps_follow_the_power_law():
     slots = (targets != -100).long().argmax(dim=1).sub(2) // 2
     seen = torch.bincount(slots, minlength=15) / len(slots)
     wanted = torch.arange(1, 16).double() ** (0.01 - 1)
-    torch.testing.assert_close(seen.double(), wanted / wanted.sum(), atol=0.01, rtol=0)
+    torch.testing.assert_close(seen.double(), wanted / wanted.sum(), atol=numerics.BOUNDS["sample"], rtol=0)
 
 
 def test_draws_without_replacement_as_one_after_the_other():
@@ -51,7 +52,7 @@ def test_draws_without_replacement_as_one_after_the_other():
         sum(odds[i] * odds[j] / (1 - odds[i]) for i in range(3) for j in range(3) if i != j and out not in (i, j))
         for out in range(3)
     ]
-    torch.testing.assert_close(missing, torch.stack(wanted), atol=0.01, rtol=0)
+    torch.testing.assert_close(missing, torch.stack(wanted), atol=numerics.BOUNDS["sample"], rtol=0)
 
 
 def test_batch_is_a_function_of_seed_and_step():

@@ -8,6 +8,7 @@ import torch
 
 import everlong.ops
 from everlong import laws, numerics, state
+from everlong.aliasing import apart
 from everlong.ops.cases import CASES, Case
 
 FOLDER = Path(everlong.ops.__file__).parent
@@ -82,7 +83,7 @@ def test_chunk_equals_reference(name, variant, backend, case):
         for key, want in theirs[1].items():
             assert (ours[1][key] is None) == (want is None), key
             if want is not None:
-                numerics.assert_close(ours[1][key], want, f"gradient of {key}", 1e-7)
+                numerics.assert_close(ours[1][key], want, f"gradient of {key}", numerics.BOUNDS["fp64 gradient"])
 
 
 @pytest.mark.parametrize("name,variant,backend", TWINS)
@@ -95,10 +96,12 @@ def test_float32_is_close_to_float64(name, variant, backend):
             for k, x in inputs.items()
         }
         got, ours = op_of(name)(**singles, backend=backend)
-        numerics.assert_close(got, want, f"fp32 output at gate {gate}", 2e-4)
+        numerics.assert_close(got, want, f"fp32 output at gate {gate}", numerics.TOLERANCE[torch.float32])
         for (leaf, mine, _), (_, theirs, _) in zip(state.leaves(ours), state.leaves(final), strict=True):
             if theirs.is_floating_point() or theirs.is_complex():
-                numerics.assert_close(mine, theirs, f"fp32 state {leaf} at gate {gate}", 2e-4)
+                numerics.assert_close(
+                    mine, theirs, f"fp32 state {leaf} at gate {gate}", numerics.TOLERANCE[torch.float32]
+                )
 
 
 @pytest.mark.parametrize("name,variant,backend", TWINS)
@@ -112,6 +115,32 @@ def test_pieces_equal_the_whole(name, variant, backend):
         outputs.append(y)
     laws.same(torch.cat(outputs, dim=1), want, "output")
     laws.same(carried, final, "final state")
+
+
+ROWS = [(n, v, row) for n, v in OPS for row in MODULES[n].TABLE]
+
+
+@pytest.mark.parametrize("name,variant,row", [pytest.param(n, v, r, id=f"{n}-{v}-{r.name}") for n, v, r in ROWS])
+@torch.no_grad()
+def test_inputs_outputs_and_states_share_no_memory(name, variant, row):
+    """The op's verb and its step: whatever is overwritten after the call, nothing else changes."""
+    for dtype in (torch.float64, torch.float32):
+        case = Case("memory", time=9, variant=variant)
+        for initial in (None, later_state(name, case)):
+            inputs = {k: single(x, dtype) for k, x in MODULES[name].inputs(case).items()}
+            before = None if initial is None else state.map_leaves(lambda leaf: single(leaf, dtype).clone(), initial)  # noqa: B023
+            if row.name == "native" and (row.refuse(**inputs, state=before) or dtype == torch.float64):
+                continue
+            y, after = op_of(name)(**inputs, state=before, backend=row.name)
+            tensors = {k: x for k, x in inputs.items() if is_tensor(x)}
+            apart({**tensors, "y": y}, {"given state": before if before is not None else (), "new state": after})
+
+
+def single(x, dtype):
+    """Floating and complex tensors in the precision of ``dtype``; all else as it is."""
+    if not is_tensor(x) or not (x.is_floating_point() or x.is_complex()):
+        return x
+    return x.to(dtype.to_complex() if x.is_complex() else dtype)
 
 
 @pytest.mark.parametrize("name,variant,backend", TWINS)

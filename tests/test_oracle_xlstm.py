@@ -16,7 +16,7 @@ from everlong.mixers.lstm import LSTM
 from everlong.mixers.mlstm import MLSTM, Parts
 from everlong.mixers.retention import Retention
 from everlong.mixers.slstm import SLSTM
-from everlong.numerics import assert_close
+from everlong.numerics import BOUNDS, assert_close
 
 WIDTH = 64
 
@@ -146,7 +146,9 @@ def test_slstm_is_that_of_xlstm(scale):
     assert_close(got, want, "slstm")
     assert_close(state.cell.flatten(2), final["slstm_state"].transpose(0, 1), "state")
     weight = torch.randn_like(want)
-    assert_close(*(torch.autograd.grad((y * weight).sum(), x)[0] for y in (got, want)), "gradient", 1e-7)
+    assert_close(
+        *(torch.autograd.grad((y * weight).sum(), x)[0] for y in (got, want)), "gradient", BOUNDS["fp64 gradient"]
+    )
     with torch.no_grad():
         more, _ = theirs(x[:, 70:71], **final, return_last_state=True)
         assert_close(ours.step(x[:, 70], state)[0], more[:, 0], "one more token")
@@ -156,7 +158,7 @@ def test_slstm_begins_like_that_of_xlstm():
     theirs = sLSTMLayer(sLSTMLayerConfig(embedding_dim=WIDTH, num_heads=4, backend="vanilla"))
     theirs.reset_parameters()
     ours, cell = SLSTM.Config().build(WIDTH), theirs.slstm_cell
-    assert torch.allclose(ours.bias, cell._bias_int2ext(cell._bias_), atol=1e-5)
+    assert_close(ours.bias, cell._bias_int2ext(cell._bias_), "biases", BOUNDS["fp32 product"])
     assert not ours.recurrent.any()
     assert not cell._recurrent_kernel_.any()
     assert (ours.if_weight.std() / theirs.igate.weight.std()).item() == pytest.approx(1, abs=0.2)
@@ -174,7 +176,7 @@ def test_lstm_is_that_of_torch():
     weight = torch.randn_like(want)
     mine = torch.autograd.grad((got * weight).sum(), [x, *ours.parameters()])
     for ours_, theirs_ in zip(mine, torch.autograd.grad((want * weight).sum(), [x, *theirs.parameters()]), strict=True):
-        assert_close(ours_, theirs_, "gradient", 1e-7)
+        assert_close(ours_, theirs_, "gradient", BOUNDS["fp64 gradient"])
     more, _ = theirs(x[:, 70:71], (h, c))
     assert_close(ours.step(x[:, 70], state)[0], more[:, 0], "one more token")
 
@@ -221,7 +223,7 @@ def retention_of_the_paper(mixer, x, eps):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("eps", "tolerance"), [(1e-24, 1e-9), (1e-6, 1e-4)])
+@pytest.mark.parametrize(("eps", "tolerance"), [(1e-24, None), (1e-6, BOUNDS["eps of a norm"])])
 def test_retention_is_the_paper_up_to_the_eps_of_its_norm(eps, tolerance):
     mixer, x = randomised(Retention.Config(norm_eps=eps).build(WIDTH)), tokens()
     want = retention_of_the_paper(mixer, x, eps)

@@ -74,7 +74,7 @@ def compare(run, inputs, want, slopes, tolerance):
 @pytest.mark.parametrize("name,variant", OPS)
 def test_torch_equals_reference(name, variant, case):
     inputs = MODULES[name].inputs(case.but(variant=variant))
-    compare(form(name, "torch"), inputs, *with_gradients(form(name, "reference"), inputs), 1e-10)
+    compare(form(name, "torch"), inputs, *with_gradients(form(name, "reference"), inputs), numerics.BOUNDS["fp64 pass"])
 
 
 @pytest.mark.parametrize("row", ["torch", "reference"])
@@ -94,7 +94,7 @@ def test_gradcheck(name, variant, row):
 def test_kernel_equals_reference(name, variant, case, build):
     inputs = MODULES[name].inputs(case.but(variant=variant))
     want = with_gradients(form(name, "reference"), inputs)
-    compare(form(name, "native"), to(inputs, torch.float32), *want, 2e-6)
+    compare(form(name, "native"), to(inputs, torch.float32), *want, numerics.BOUNDS["fp32 pass"])
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["all bf16", "x in fp32"])
@@ -107,10 +107,10 @@ def test_bfloat16(name, variant, mixed, build):
     want, slopes = with_gradients(form(name, "reference"), to(inputs, torch.float64))
     got, ours = with_gradients(form(name, "native"), inputs)
     assert got.dtype == form(name, "torch")(**inputs).dtype == form(name, "reference")(**inputs).dtype
-    numerics.assert_close(got, want, "output", 1e-2)
+    numerics.assert_close(got, want, "output", numerics.BOUNDS["bf16 output"])
     for key, theirs in slopes.items():
         assert ours[key].dtype == inputs[key].dtype
-        numerics.assert_close(ours[key], theirs, f"gradient of {key}", 2e-2)
+        numerics.assert_close(ours[key], theirs, f"gradient of {key}", numerics.BOUNDS["bf16 state"])
 
 
 LAYOUTS = {
@@ -150,7 +150,7 @@ def test_kernel_in_a_graph(name, variant):
     inputs = to(MODULES[name].inputs(Case("graph", time=12, keys=8, variant=variant)), torch.float32)
     compiled = torch.compile(form(name, "native"), fullgraph=True, backend="aot_eager")
     want, slopes = with_gradients(form(name, "native"), inputs)
-    compare(compiled, inputs, want, slopes, 1e-6)
+    compare(compiled, inputs, want, slopes, numerics.BOUNDS["fp32 angle"])
 
 
 def test_activations_far_out(build):
@@ -163,9 +163,11 @@ def test_activations_far_out(build):
             partial(form("gate", "reference"), activation=activation),
             {"x": torch.ones_like(z).double(), "z": z.double()},
         )
-        for ours, right, near in ((y, want, 1e-33), (slopes["z"], theirs["z"], 1e-7)):
+        for ours, right, near in ((y, want, "fp32 underflow"), (slopes["z"], theirs["z"], "fp32 cancelled")):
             finite = right.isfinite() & (right.abs() < 3e38) & ~z.isnan()
-            torch.testing.assert_close(ours[finite].double(), right[finite], rtol=1e-6, atol=near)
+            torch.testing.assert_close(
+                ours[finite].double(), right[finite], rtol=numerics.BOUNDS["fp32 angle"], atol=numerics.BOUNDS[near]
+            )
         assert y[-1].isnan()
 
 
@@ -180,7 +182,12 @@ def test_few_numbers_take_the_torch_form_and_explain_says_so():
     lines = dispatch.explain(gate, x=large, z=large, activation="gelu")
     assert lines[0].reason == "the kernel has no gelu"
     for op, extra in ((gate, {"activation": "gelu_tanh"}), (gated_norm, {"eps": 1e-5, "first": "norm"})):
-        numerics.assert_close(op(large, large, **extra), op(large, large, **extra, backend="torch"), "native", 1e-5)
+        numerics.assert_close(
+            op(large, large, **extra),
+            op(large, large, **extra, backend="torch"),
+            "native",
+            numerics.BOUNDS["fp32 product"],
+        )
 
 
 def test_wrong_arguments():

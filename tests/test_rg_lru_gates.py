@@ -9,7 +9,7 @@ from everlong import numerics
 from everlong.ops import native
 from everlong.ops.cases import Case
 from everlong.ops.native.rg_lru_gates import rg_lru_gates_native
-from everlong.ops.rg_lru_gates import inputs, rg_lru_gates, rg_lru_gates_torch
+from everlong.ops.rg_lru_gates import inputs, rg_lru_gates, rg_lru_gates_reference, rg_lru_gates_torch
 
 BUILDS = [build for build in native.supported() if (native.FOLDER / f"_{build}.so").exists()]
 needs_kernels = pytest.mark.skipif(not BUILDS, reason=f"no kernels: {native.MISSING}")
@@ -54,9 +54,20 @@ def compare(given, exact, tolerance):
 def test_kernel_equals_the_equations(sizes, gate, build):
     batch, heads, keys = sizes
     given = inputs(Case("gates", batch=batch, heads=heads, keys=keys, gate=gate))
-    compare(to(given, torch.float32), given, 1e-5)
+    compare(to(given, torch.float32), given, numerics.BOUNDS["fp32 product"])
     half = to(given, torch.bfloat16)
-    compare(half, to(half, torch.float64), 2e-2)
+    compare(half, to(half, torch.float64), numerics.BOUNDS["bf16 state"])
+
+
+@pytest.mark.parametrize("gate", [None, 0.0, -1e-5, -0.1, -5.0, -50.0])
+def test_the_torch_form_equals_the_paper(gate):
+    given = inputs(Case("gates", batch=2, heads=3, keys=5, gate=gate))
+    want, slopes = with_gradients(rg_lru_gates_reference, given)
+    got, ours = with_gradients(rg_lru_gates_torch, given)
+    for label, mine, theirs in zip("gb", got, want, strict=True):
+        numerics.assert_close(mine, theirs, label)
+    for key, theirs in slopes.items():
+        numerics.assert_close(ours[key], theirs, f"gradient of {key}")
 
 
 @needs_kernels
@@ -79,7 +90,7 @@ def test_no_decay_has_a_finite_slope(build):
     assert not b[~given["first"]].any()
     assert all(bool(slope.isfinite().all()) for slope in slopes.values())
     _, theirs = with_gradients(rg_lru_gates_torch, to(given, torch.float64))
-    numerics.assert_close(slopes["decay"], theirs["decay"], "slope of decay", 1e-5)
+    numerics.assert_close(slopes["decay"], theirs["decay"], "slope of decay", numerics.BOUNDS["fp32 product"])
 
 
 def test_gradcheck():

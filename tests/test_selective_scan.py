@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from everlong import numerics
 from everlong.ops import selective_scan as module
 from everlong.ops.cases import Case
 
@@ -20,7 +21,7 @@ def results(tile, monkeypatch):
 @pytest.mark.parametrize("tile", [1, 256, 512, 3 * 256])  # of 256 states a row: the last tile holds fewer rows
 def test_tiles_of_rows(tile, monkeypatch):
     for got, want in zip(results(tile, monkeypatch), results(1 << 16, monkeypatch), strict=True):
-        assert torch.allclose(got, want, rtol=1e-12, atol=1e-12)
+        numerics.assert_close(got, want, "a tile", numerics.BOUNDS["fp64 number"])
 
 
 def test_no_states_are_kept_without_gradients():

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import state as states
+from .aliasing import aliasing
 from .config import Config
 from .files import atomic_save_tensors, read_tensors
 from .isolation import isolation
@@ -260,11 +261,9 @@ def round_trip(subject: Subject) -> None:
 def matrix(subject: Subject) -> None:
     """Where the mixer is linear in its values, the mixing matrix times the values equals the output."""
     module = subject.module()
-    try:
-        mixing = module.mixing(subject.input(2, 37))
-    except ValueError:
-        return
-    matrix, values, output = mixing
+    if type(module).mixing is base.Mixer.mixing:
+        return  # it says of itself that it has no matrix
+    matrix, values, output = module.mixing(subject.input(2, 37))
     if matrix.shape != (2, values.shape[2], 37, 37):
         raise AssertionError(
             f"the matrix has shape {list(matrix.shape)}, expected [B H T T] = {[2, values.shape[2], 37, 37]}"
@@ -319,6 +318,17 @@ def gradients(subject: Subject) -> None:
                 raise AssertionError(f"the output is not finite at inputs of size {scale:g} ({dtype})")
 
 
+def names(subject: Subject) -> None:
+    """What the mixer lists by name (no_decay, lr_scales, full_precision, int8_at_least, step_outputs) exists in it."""
+    module = subject.module()
+    if isinstance(module, base.Mixer):
+        module.check_names()
+        maps = {name for name, part in module.named_modules() if hasattr(part, "out_features")}
+        for name in module.step_outputs():
+            if name not in maps:
+                raise AssertionError(f"step_outputs names {name!r}, which is no linear map of it")
+
+
 @torch.no_grad()
 def decodes(subject: Subject) -> None:
     """In a language model, the replayed steps of a decoder equal those of ``step``: logits and final state."""
@@ -351,6 +361,7 @@ LAWS: dict[str, Callable[[Subject], None]] = {
     "reset": reset,
     "isolation": isolation,
     "value": value,
+    "aliasing": aliasing,
     "memory": memory,
     "round trip": round_trip,
     "matrix": matrix,
@@ -358,6 +369,7 @@ LAWS: dict[str, Callable[[Subject], None]] = {
     "compile": compiles,
     "gradients": gradients,
     "decode": decodes,
+    "names": names,
 }
 
 

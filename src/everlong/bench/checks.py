@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import state as states
-from ..numerics import ROW, TOLERANCE, relative_errors
+from ..numerics import LOGITS, ROW, relative_errors
 from .engines import Engine
 
 PROMPT, MORE = 300, 4  # tokens read, and then taken one by one, to compare an engine's logits
@@ -17,16 +17,6 @@ PROMPT, MORE = 300, 4  # tokens read, and then taken one by one, to compare an e
 # Largest relative error of logits, by the name that an engine gives its weights. Integers are compared with a model in
 # fp32 of the values that they stand for; llama.cpp rounds what they multiply to 8 bits as well, in every layer, and our
 # long prompts go through products in bf16.
-LOGITS = {
-    "fp32": TOLERANCE[torch.float32],
-    "f32": TOLERANCE[torch.float32],
-    "f16": TOLERANCE[torch.float16],
-    "bf16": TOLERANCE[torch.bfloat16],
-    "Q8_0": 2 * TOLERANCE[torch.bfloat16],
-    "Q4_0": 2 * TOLERANCE[torch.bfloat16],
-    "int8": TOLERANCE[torch.bfloat16],
-    "int4": TOLERANCE[torch.bfloat16],
-}
 
 
 class Verdict(NamedTuple):

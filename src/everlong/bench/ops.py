@@ -18,14 +18,14 @@ from torch import Tensor
 
 from .. import arguments, ops
 from ..config import suggest
-from ..numerics import TOLERANCE
+from ..numerics import BOUNDS, TOLERANCE
 from ..ops.cases import CASES, TIMED, Case
 from ..ops.dispatch import Impl
 from . import clock, counts
 from .checks import Verdict, compare, gradients, is_real, outputs_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SLOPES = 1e-3  # least tolerance of a gradient: sums over all tokens cancel
+SLOPES = BOUNDS["fp32 gradient"]  # least tolerance of a gradient: sums over all tokens cancel
 GRAPH = 2**31  # bytes that the graph of a reference may hold; beyond, only its forward pass is timed
 CHECKED = 2**30  # the same for checking gradients, which takes as many of the first tokens as fit
 PASSES = ("forward", "forward+backward")

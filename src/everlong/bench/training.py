@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .. import arguments
 from ..models import families
 from ..models.lm import LanguageModel
-from ..numerics import relative_errors
+from ..numerics import BOUNDS, relative_errors
 from ..train.loop import Trainer
 from ..train.optim import make_optimizer
 from . import clock
@@ -27,7 +27,10 @@ from .engines import randomized
 
 Row = dict[str, Any]
 CHECKED = 64  # tokens on which loss and gradients are compared with the reference loops
-LIMITS = {"fp32": 1e-3, "bf16": 0.1}  # largest relative error of loss and of the whole gradient
+LIMITS = {
+    "fp32": BOUNDS["fp32 gradient"],
+    "bf16": BOUNDS["bf16 training"],
+}  # largest relative error of loss and of the whole gradient
 
 
 @dataclass(frozen=True)

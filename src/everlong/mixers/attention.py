@@ -17,8 +17,9 @@ from .. import shapes
 from .. import state as states
 from ..arguments import SHARE
 from ..ops import rotary
-from ..ops.attention import Cache, Ring, attention, attention_step, token_positions
+from ..ops.attention import Cache, Ring, attention, attention_step
 from ..ops.attention_decode import attention_step_
+from ..ops.common import token_positions
 from ..ops.linear import Linear
 from . import base
 

@@ -8,7 +8,9 @@ the file name is its name, and ``everlong check`` tests the laws of the contract
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -16,7 +18,11 @@ from torch import Tensor, nn
 
 from .. import arguments, config, shapes
 from .. import state as states
+from ..ops.gate import gate
+from ..ops.gated_norm import gated_norm
+from ..ops.linear import Linear, linear
 from ..ops.norm import norm
+from ..ops.short_conv import short_conv, short_conv_step, windows
 
 __all__ = [
     "Config",
@@ -26,12 +32,19 @@ __all__ = [
     "Mixing",
     "RMSNorm",
     "block_diagonal",
-    "conv_silu",
+    "convolve",
+    "convolve_step",
     "dt_bias",
     "identity_values",
+    "listed",
+    "norm_then_gate",
+    "precise",
+    "spared",
     "split_heads",
+    "weights_and_bias",
 ]
 
+NARROW = (torch.bfloat16, torch.float16)
 Memory = Literal["none", "constant", "window", "linear"]
 
 
@@ -59,6 +72,14 @@ class Config(config.Config):
         """The layer for inputs of width ``d_model``."""
         return self.owner(self, d_model, depth)
 
+    def reads(self, depth: Depth) -> tuple[str, ...]:
+        """Values in ``side`` that the layer at ``depth`` cannot do without; a layer before it must write them."""
+        return ()
+
+    def writes(self, depth: Depth) -> tuple[str, ...]:
+        """Values that it leaves in ``side`` for the layers behind it."""
+        return ()
+
 
 class Mixing(NamedTuple):
     """``output_i = sum_j matrix_ij values_j`` per head, before any output gate, norm or projection."""
@@ -78,7 +99,7 @@ class Mixer(nn.Module):
     no_decay: ClassVar[tuple[str, ...]] = ()  # parts that weight decay must spare, beside all vectors
     cfg: Any  # the class's own Config
     lr_scales: ClassVar[dict[str, float]] = {}  # parameters that learn at a multiple of the learning rate
-    full_precision: ClassVar[tuple[str, ...]] = ()  # linear maps that quantisation spares: those of decays and steps
+    full_precision: ClassVar[tuple[str, ...]] = ()  # decays and steps: fp32 in bf16, fp16, int8 and int4 models too
     int8_at_least: ClassVar[tuple[str, ...]] = ()  # linear maps that are int8 in an int4 model
 
     def __init__(self, cfg: Any, d_model: int, depth: Depth = Depth()) -> None:
@@ -98,6 +119,16 @@ class Mixer(nn.Module):
     def step_outputs(self) -> dict[str, int]:
         """Linear maps whose last outputs are decays or steps, and how many: quantisation spares those outputs."""
         return {}
+
+    def check_names(self) -> None:
+        """``ValueError`` for a name in the lists above that nothing in this mixer bears, wrapped or not."""
+        known = [name for name, _ in (*self.named_modules(), *self.named_parameters(), *self.named_buffers())]
+        for table in ("no_decay", "lr_scales", "full_precision", "int8_at_least", "step_outputs"):
+            entries = self.step_outputs() if table == "step_outputs" else getattr(self, table)
+            for entry in entries:
+                if not any(listed(name, [entry]) for name in known):
+                    where = f"{type(self).__name__}.{table} names {entry!r}, which it does not have"
+                    raise ValueError(where + config.suggest(entry, filter(None, known)))
 
     def init_state(self, batch: int) -> Any:
         """The state before the first token, for ``batch`` rows, on the device of the parameters."""
@@ -132,6 +163,21 @@ class Mixer(nn.Module):
         states.check_like(state, self.init_state(0), x.shape[0], f"state of {type(self).__name__}")
         return state
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """``.to``, ``.half`` and the like: what ``full_precision`` names becomes fp32 where they would narrow it."""
+        before = {name: tensor.data for name, tensor in self._spared()}
+        super()._apply(fn, recurse)
+        for name, tensor in self._spared():
+            if tensor.dtype in NARROW and before[name].dtype not in NARROW:
+                tensor.data = before[name].to(tensor.device, torch.float32)
+                if tensor.grad is not None:
+                    tensor.grad = tensor.grad.float()
+        return self
+
+    def _spared(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that ``full_precision`` names, themselves or as parts of a module."""
+        return ((name, p) for name, p in self.named_parameters() if listed(name, self.full_precision))
+
     @property
     def factory(self) -> dict[str, Any]:
         """``device`` and ``dtype`` of the parameters, for convolution and key-value caches."""
@@ -145,11 +191,14 @@ class Mixer(nn.Module):
         return {"device": tensor.device, "dtype": shapes.state_dtype(tensor)}
 
     def _example(self) -> Tensor:
-        """A parameter; where quantisation has left none, an fp32 tensor on the device of the weights."""
-        parameter = next(self.parameters(), None)
-        if parameter is not None:
-            return parameter
-        return torch.empty(0, device=next(self.buffers()).device)
+        """A parameter in the dtype of the model; where quantisation has left none, one in fp32."""
+        for name, own in self._parameters.items():  # asked for at every step, so the nearest first
+            if own is not None and name not in self.full_precision:
+                return own
+        for name, parameter in self.named_parameters():
+            if not listed(name, self.full_precision):
+                return parameter
+        return torch.empty(0, device=next(itertools.chain(self.buffers(), self.parameters())).device)
 
     def mixing(self, x: Tensor) -> Mixing:
         """The token mixing of ``forward(x)`` from an empty state, taken apart (see ``Mixing``).
@@ -192,6 +241,12 @@ def _check_widths(cfg: Config, d_model: int) -> None:
             raise ValueError(f"{field.name} = {factor:g} of a width of {d_model} leaves no channel, or too many")
 
 
+def spared(model: nn.Module) -> set[str]:
+    """The names of the parameters of a model that stay in fp32 when it is converted: those of full precision."""
+    mixers = ((path, part) for path, part in model.named_modules() if isinstance(part, Mixer))
+    return {f"{path}.{name}".lstrip(".") for path, mixer in mixers for name, _ in mixer._spared()}
+
+
 def identity_values(batch: int, time: int, heads: int, *, like: Tensor) -> Tensor:
     """Values [B T H T] with ``v_t`` the t-th unit vector: an op linear in v applied to them returns its own matrix."""
     return torch.eye(time, dtype=like.dtype, device=like.device)[None, :, None].expand(batch, time, heads, time)
@@ -204,9 +259,87 @@ def split_heads(width: int, n_heads: int, what: str = "heads; choose a multiple 
     return width // n_heads
 
 
-def conv_silu(conv: nn.Conv1d) -> dict[str, Any]:
-    """The arguments with which ``ops/short_conv`` computes ``silu(conv(x))``: weight [C W], bias [C] or None."""
-    return {"weight": conv.weight[:, 0], "bias": conv.bias, "activation": "silu"}
+def listed(name: str, entries: Iterable[str]) -> str | None:
+    """The entry that means the part ``name`` of a mixer, or what is inside that: its parts occur there in this order.
+
+    ``dt_proj.bias`` also means ``dt_proj.base_layer.bias``: an adapter may stand between.
+    """
+    parts = name.split(".")
+    for entry in entries:
+        rest = iter(parts)
+        if all(part in rest for part in entry.split(".")):
+            return entry
+    return None
+
+
+def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether reading the parameters of ``module`` says as much as calling it.
+
+    It does where the module computes what ``kind`` does (a parametrisation changes what is read, not what is computed)
+    and bears no hook. Wrappers, adapters and replacements must be called.
+    """
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    if hooks or nn.modules.module._has_any_global_hook():
+        return False
+    return type(module).forward is kind.forward and "forward" not in module.__dict__
+
+
+def weights_and_bias(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``W x`` and ``b`` of a linear map whose bias an op adds itself, in its own precision.
+
+    For a wrapper or a map with hooks, all that it gives, and zeros. Computed as ``precise`` does; ``W x`` like x.
+    """
+    if not plain(module, Linear):
+        y = precise(module, x)
+        return y, y.new_zeros(y.shape[-1:])
+    if x.dtype in NARROW:
+        return linear(x.to(module.weight.dtype), module.weight).to(x.dtype), module.bias
+    return linear(x, module.weight), module.bias
+
+
+def convolve(
+    conv: Any, x: Tensor, *, state: Tensor, starts: Tensor | None = None, activation: str | None = "silu"
+) -> tuple[Tensor, Tensor]:
+    """``act(conv(x))`` of a depthwise ``nn.Conv1d``, x [B T C], and its last inputs (see ``ops/short_conv``).
+
+    A wrapper, or a convolution with hooks, is called with the window [B*T C W] of each token, which takes W times the
+    memory.
+    """
+    if plain(conv, nn.Conv1d):
+        fixed: dict[str, Any] = {"weight": conv.weight[:, 0], "bias": conv.bias, "activation": activation}
+        return short_conv(x, **fixed, state=state, starts=starts)
+    seen, after = windows(x, state, starts)
+    y = conv(seen.flatten(0, 1)).squeeze(-1).unflatten(0, x.shape[:2]).to(x.dtype)
+    return (y if activation is None else nn.functional.silu(y)), after
+
+
+def convolve_step(conv: Any, x: Tensor, *, state: Tensor, activation: str | None = "silu") -> tuple[Tensor, Tensor]:
+    """``convolve`` for one token, x [B C]."""
+    if plain(conv, nn.Conv1d):
+        fixed: dict[str, Any] = {"weight": conv.weight[:, 0], "bias": conv.bias, "activation": activation}
+        return short_conv_step(x, **fixed, state=state)
+    y, after = convolve(conv, x[:, None], state=state, activation=activation)
+    return y[:, 0], after
+
+
+def norm_then_gate(norm: Any, x: Tensor, z: Tensor) -> Tensor:
+    """``norm(x) silu(z)``, in one pass where the norm is an ``RMSNorm`` without wrapper and hooks."""
+    if plain(norm, RMSNorm):
+        return gated_norm(x, z, weight=norm.weight, eps=norm.eps, first="norm")
+    y = norm(x)
+    return gate(y, z.to(y.dtype))
+
+
+def precise(module: nn.Module, x: Tensor) -> Tensor:
+    """``module(x)`` in fp32 (fp64 for fp64): the linear maps of decays and steps, also under bf16 inputs.
+
+    Weights that were made narrower (those that came so from a file) are widened for the call.
+    """
+    wide = shapes.state_dtype(x)
+    if x.dtype != wide or next(module.parameters()).dtype != wide:
+        narrow = {name: p.to(wide) for name, p in module.named_parameters() if p.dtype != wide}
+        return torch.func.functional_call(module, narrow, (x.to(wide),)) if narrow else module(x.to(wide))
+    return module(x)
 
 
 def block_diagonal(x: Tensor, weight: Tensor) -> Tensor:

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from ..ops.common import unit
 from ..ops.delta_rule import delta_rule, delta_rule_step, plain
 from ..ops.linear import Linear
-from ..ops.short_conv import short_conv, short_conv_step
-from ..shapes import state_dtype
 from ..state import state
 from . import base
 
@@ -69,7 +67,7 @@ class DeltaNet(base.Mixer):
     def _rule(self, mixed: Tensor, x: Tensor) -> dict[str, Any]:
         """Inputs of the delta rule, [... H K] or [... H V], from the convolved q, k, v and x."""
         q, k, v = (part.unflatten(-1, (self.cfg.n_heads, -1)) for part in mixed.split(self.widths, dim=-1))
-        beta = self.beta_proj(x).to(state_dtype(x)).sigmoid()
+        beta = base.precise(self.beta_proj, x).sigmoid()
         if self.cfg.negative_eigenvalues:
             beta = 2 * beta
         return {"q": unit(q) * self.head_k**-0.5, "v": v, **plain(unit(k), beta)}
@@ -80,20 +78,20 @@ class DeltaNet(base.Mixer):
     def forward(self, x: Tensor, state: Any = None, *, starts: Tensor | None = None) -> tuple[Tensor, State]:
         """x [B T D] -> y [B T D], state."""
         before = self.begin(x, state, starts)
-        mixed, conv = short_conv(self.qkv_proj(x), **base.conv_silu(self.conv), state=before.conv, starts=starts)
+        mixed, conv = base.convolve(self.conv, self.qkv_proj(x), state=before.conv, starts=starts)
         y, memory = delta_rule(**self._rule(mixed, x), state=before.memory, starts=starts)
         return self._finish(y), self.State(conv=conv, memory=memory)
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """x [B D] -> y [B D], state."""
         before = self.begin(x, state)
-        mixed, conv = short_conv_step(self.qkv_proj(x), **base.conv_silu(self.conv), state=before.conv)
+        mixed, conv = base.convolve_step(self.conv, self.qkv_proj(x), state=before.conv)
         y, memory = delta_rule_step(**self._rule(mixed, x), state=before.memory)
         return self._finish(y), self.State(conv=conv, memory=memory)
 
     def mixing(self, x: Tensor) -> base.Mixing:
         """See ``base.Mixer.mixing``; one matrix per head."""
-        mixed, _ = short_conv(self.qkv_proj(x), **base.conv_silu(self.conv))
+        mixed, _ = base.convolve(self.conv, self.qkv_proj(x), state=self.init_state(len(x)).conv)
         rule = self._rule(mixed, x)
         eye = base.identity_values(*rule["v"].shape[:3], like=rule["v"])
         matrix, _ = delta_rule(**{**rule, "v": eye})

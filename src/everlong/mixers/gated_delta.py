@@ -8,7 +8,6 @@ value heads share q and k, as in Qwen3-Next.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +17,7 @@ from torch.nn import functional as F
 
 from ..ops.common import unit
 from ..ops.delta_rule import delta_rule, delta_rule_step, gated
-from ..ops.gated_norm import gated_norm
 from ..ops.linear import Linear
-from ..ops.short_conv import short_conv, short_conv_step
-from ..shapes import state_dtype
 from ..state import state
 from . import base
 
@@ -52,7 +48,7 @@ class GatedDelta(base.Mixer):
         conv: Tensor  # [B W-1 C] of q, k and v
         memory: Tensor  # [B H K V] fp32
 
-    full_precision = ("beta_proj", "decay_proj")
+    full_precision = ("beta_proj", "decay_proj", "A_log", "dt_bias")
 
     def __init__(self, cfg: Config, d_model: int, depth: base.Depth = base.Depth()) -> None:
         super().__init__(cfg, d_model, depth)
@@ -67,7 +63,7 @@ class GatedDelta(base.Mixer):
         self.beta_proj = Linear(d_model, cfg.n_heads, bias=False)
         self.decay_proj = Linear(d_model, cfg.n_heads, bias=False)
         self.A_log = nn.Parameter(torch.empty(cfg.n_heads).uniform_(1e-3, 16.0).log())
-        self.dt_bias = nn.Parameter(_dt_bias(cfg))
+        self.dt_bias = nn.Parameter(base.dt_bias(cfg.n_heads, cfg.dt_min, cfg.dt_max))
         self.gate_proj = Linear(d_model, values, bias=False)
         self.norm = base.RMSNorm(self.head_v, eps=cfg.norm_eps)
         self.out_proj = Linear(values, d_model, bias=False)
@@ -85,34 +81,32 @@ class GatedDelta(base.Mixer):
         q, k = (unit(part.unflatten(-1, (self.key_heads, -1))) for part in (q, k))
         if self.shared > 1:
             q, k = (part.repeat_interleave(self.shared, dim=-2) for part in (q, k))
-        gates = (self.beta_proj(x), self.decay_proj(x), self.dt_bias, self.A_log)
-        beta, dt, dt_bias, A_log = (part.to(state_dtype(x)) for part in gates)
-        g = -A_log.exp() * F.softplus(dt + dt_bias)
+        beta, dt = base.precise(self.beta_proj, x), base.precise(self.decay_proj, x)
+        g = -self.A_log.to(dt.dtype).exp() * F.softplus(dt + self.dt_bias.to(dt.dtype))
         v = v.unflatten(-1, (self.cfg.n_heads, -1))
         return {"q": q * self.head_k**-0.5, "v": v, **gated(k, beta.sigmoid(), g)}
 
     def _finish(self, y: Tensor, x: Tensor) -> Tensor:
         z = self.gate_proj(x).unflatten(-1, y.shape[-2:])
-        y = gated_norm(y, z, weight=self.norm.weight, eps=self.norm.eps, first="norm")
-        return self.out_proj(y.flatten(-2))
+        return self.out_proj(base.norm_then_gate(self.norm, y, z).flatten(-2))
 
     def forward(self, x: Tensor, state: Any = None, *, starts: Tensor | None = None) -> tuple[Tensor, State]:
         """x [B T D] -> y [B T D], state."""
         before = self.begin(x, state, starts)
-        mixed, conv = short_conv(self.qkv_proj(x), **base.conv_silu(self.conv), state=before.conv, starts=starts)
+        mixed, conv = base.convolve(self.conv, self.qkv_proj(x), state=before.conv, starts=starts)
         y, memory = delta_rule(**self._rule(mixed, x), state=before.memory, starts=starts)
         return self._finish(y, x), self.State(conv=conv, memory=memory)
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """x [B D] -> y [B D], state."""
         before = self.begin(x, state)
-        mixed, conv = short_conv_step(self.qkv_proj(x), **base.conv_silu(self.conv), state=before.conv)
+        mixed, conv = base.convolve_step(self.conv, self.qkv_proj(x), state=before.conv)
         y, memory = delta_rule_step(**self._rule(mixed, x), state=before.memory)
         return self._finish(y, x), self.State(conv=conv, memory=memory)
 
     def mixing(self, x: Tensor) -> base.Mixing:
         """See ``base.Mixer.mixing``; one matrix per value head."""
-        mixed, _ = short_conv(self.qkv_proj(x), **base.conv_silu(self.conv))
+        mixed, _ = base.convolve(self.conv, self.qkv_proj(x), state=self.init_state(len(x)).conv)
         rule = self._rule(mixed, x)
         eye = base.identity_values(*rule["v"].shape[:3], like=rule["v"])
         matrix, _ = delta_rule(**{**rule, "v": eye})
@@ -122,10 +116,3 @@ class GatedDelta(base.Mixer):
     def examples(cls) -> dict[str, Any]:
         """The paper's form, and value heads that share keys."""
         return {"default": cls.Config(), "shared keys": cls.Config(n_heads=4, n_key_heads=2, expand_k=0.5)}
-
-
-def _dt_bias(cfg: GatedDelta.Config) -> Tensor:
-    """Biases whose softplus is log-uniform in [dt_min, dt_max], as in Mamba."""
-    low, high = math.log(cfg.dt_min), math.log(cfg.dt_max)
-    dt = torch.empty(cfg.n_heads).uniform_(low, high).exp().clamp_min(1e-4)
-    return dt + torch.log(-torch.expm1(-dt))

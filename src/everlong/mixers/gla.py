@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops.gated_norm import gated_norm
 from ..ops.linear import Linear
 from ..ops.linear_attention import linear_attention, linear_attention_step
 from ..state import state
@@ -64,13 +63,12 @@ class GLA(base.Mixer):
         """q, k, v and log decays, [... H K] or [... H V]."""
         heads = (self.cfg.n_heads, -1)
         q, k, v = (proj(x).unflatten(-1, heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        g = F.logsigmoid(self.decay_proj(x).float() if x.dtype != torch.float64 else self.decay_proj(x))
+        g = F.logsigmoid(base.precise(self.decay_proj, x))
         return q * self.head_k**-0.5, k, v, (g / self.cfg.gate_scale).unflatten(-1, heads)
 
     def _finish(self, y: Tensor, x: Tensor) -> Tensor:
         z = self.gate_proj(x).unflatten(-1, y.shape[-2:])
-        y = gated_norm(y, z, weight=self.norm.weight, eps=self.norm.eps, first="norm")
-        return self.out_proj(y.flatten(-2))
+        return self.out_proj(base.norm_then_gate(self.norm, y, z).flatten(-2))
 
     def forward(self, x: Tensor, state: Any = None, *, starts: Tensor | None = None) -> tuple[Tensor, State]:
         """x [B T D] -> y [B T D], state."""

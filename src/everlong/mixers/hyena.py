@@ -18,9 +18,8 @@ from torch.nn import functional as F
 
 from .. import shapes
 from ..arguments import COUNT
-from ..ops.linear import Linear, linear
+from ..ops.linear import Linear
 from ..ops.long_conv import History, long_conv, long_conv_step, newest
-from ..ops.short_conv import short_conv, short_conv_step
 from ..state import state
 from . import base
 
@@ -51,9 +50,8 @@ class Filter(nn.Module):
             lag = torch.arange(lags, device=device, dtype=torch.float64)[:, None]
             z = self._positions(lag).to(wide)
             for layer in self.layers:
-                weight, bias = (parameter.to(wide) for parameter in layer.parameters())
-                z = torch.sin(self.frequency.to(wide) * linear(z, weight, bias))
-            return (linear(z, self.out.weight.to(wide)) * self._window(lag).to(wide)).t()
+                z = torch.sin(self.frequency.to(wide) * base.precise(layer, z))
+            return (base.precise(self.out, z) * self._window(lag).to(wide)).t()
 
     def _positions(self, lag: Tensor) -> Tensor:
         """[L 1] -> [L emb_dim]: the lag as a fraction of the longest, and waves of it."""
@@ -127,9 +125,7 @@ class Hyena(base.Mixer):
     def forward(self, x: Tensor, state: Any = None, *, starts: Tensor | None = None) -> tuple[Tensor, State]:
         """x [B T D] -> y [B T D], state."""
         state = self.begin(x, state, starts)
-        z, conv = short_conv(
-            self.in_proj(x), weight=self.conv.weight[:, 0], bias=self.conv.bias, state=state.conv, starts=starts
-        )
+        z, conv = base.convolve(self.conv, self.in_proj(x), state=state.conv, starts=starts, activation=None)
         gates, v = self._split(z)
         kernels = self._kernels(state.histories[0].x.shape[1] + x.shape[1])
         histories = []
@@ -156,7 +152,7 @@ class Hyena(base.Mixer):
         return self._step(x, state, lambda i, u, old: long_conv_step(u, kernel=kernels[i], state=old))
 
     def _step(self, x: Tensor, state: State, convolve: Convolve) -> tuple[Tensor, State]:
-        z, conv = short_conv_step(self.in_proj(x), weight=self.conv.weight[:, 0], bias=self.conv.bias, state=state.conv)
+        z, conv = base.convolve_step(self.conv, self.in_proj(x), state=state.conv, activation=None)
         gates, v = self._split(z)
         histories = []
         for i, (gate, old) in enumerate(zip(gates[:0:-1], state.histories, strict=True)):
@@ -189,7 +185,8 @@ class Hyena(base.Mixer):
 
     def mixing(self, x: Tensor) -> base.Mixing:
         """See ``base.Mixer.mixing``; one matrix per channel, between v and the last gated output."""
-        z, _ = short_conv(self.in_proj(x), weight=self.conv.weight[:, 0], bias=self.conv.bias)
+        empty = self.init_state(len(x)).conv
+        z, _ = base.convolve(self.conv, self.in_proj(x), state=empty, activation=None)
         gates, v = self._split(z)
         batch, time, width = x.shape
         eye = base.identity_values(batch, time, width, like=v).permute(3, 0, 1, 2)  # [T B T D], one unit each

@@ -46,6 +46,7 @@ class LRU(base.Mixer):
         memory: Tensor  # [B N 2] fp32, real and imaginary parts
 
     no_decay = ("nu_log", "theta_log", "gamma_log")
+    full_precision = ("nu_log", "theta_log", "gamma_log")
 
     def __init__(self, cfg: Config, d_model: int, depth: base.Depth = base.Depth()) -> None:
         super().__init__(cfg, d_model, depth)

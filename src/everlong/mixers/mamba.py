@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from ..config import suggest
 from ..ops.gate import gate
-from ..ops.linear import Linear, linear
+from ..ops.linear import Linear
 from ..ops.selective_scan import selective_scan, selective_scan_step
-from ..ops.short_conv import short_conv, short_conv_step
 from ..shapes import state_dtype
 from ..state import state
 from . import base
@@ -32,7 +31,7 @@ class Mamba(base.Mixer):
 
     equation = "h = exp(dt A) h + dt x Bᵀ,  A diagonal per channel"
     no_decay = ("A_log", "D", "dt_proj.bias")
-    full_precision = ("dt_proj",)
+    full_precision = ("dt_proj", "A_log")
     int8_at_least = ("x_proj",)
 
     @dataclass(frozen=True, kw_only=True)
@@ -93,15 +92,15 @@ class Mamba(base.Mixer):
     def _select(self, x: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
         """The inputs of the scan that depend on the token (dt before its bias and softplus), and those that do not."""
         low, B, C = self.x_proj(x).split([self.rank, self.cfg.d_state, self.cfg.d_state], dim=-1)
-        dt = linear(self.dt_layernorm(low), self.dt_proj.weight)
+        dt, bias = base.weights_and_bias(self.dt_proj, self.dt_layernorm(low))
         tokens = {"x": x, "dt": dt, "B": self.b_layernorm(B), "C": self.c_layernorm(C)}
-        return tokens, {"A": -self.A_log.to(state_dtype(x)).exp(), "D": self.D, "dt_bias": self.dt_proj.bias}
+        return tokens, {"A": -self.A_log.to(state_dtype(x)).exp(), "D": self.D, "dt_bias": bias}
 
     def forward(self, x: Tensor, state: Any = None, *, starts: Tensor | None = None) -> tuple[Tensor, State]:
         """x [B T D] -> y [B T D], state."""
         state = self.begin(x, state, starts)
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        x, conv = short_conv(x, **base.conv_silu(self.conv1d), state=state.conv, starts=starts)
+        x, conv = base.convolve(self.conv1d, x, state=state.conv, starts=starts)
         tokens, fixed = self._select(x)
         y, memory = selective_scan(**tokens, **fixed, state=state.memory, starts=starts)
         return self.out_proj(gate(y, z)), self.State(conv=conv, memory=memory)
@@ -110,7 +109,7 @@ class Mamba(base.Mixer):
         """x [B D] -> y [B D], state."""
         state = self.begin(x, state)
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        x, conv = short_conv_step(x, **base.conv_silu(self.conv1d), state=state.conv)
+        x, conv = base.convolve_step(self.conv1d, x, state=state.conv)
         tokens, fixed = self._select(x)
         y, memory = selective_scan_step(**tokens, **fixed, state=state.memory)
         return self.out_proj(gate(y, z)), self.State(conv=conv, memory=memory)
@@ -119,7 +118,7 @@ class Mamba(base.Mixer):
         """See ``base.Mixer.mixing``; one matrix per channel, values of width 1 after convolution and SiLU."""
         batch, time = x.shape[:2]
         x = self.in_proj(x).chunk(2, dim=-1)[0]
-        tokens, fixed = self._select(short_conv(x, **base.conv_silu(self.conv1d))[0])
+        tokens, fixed = self._select(base.convolve(self.conv1d, x, state=self.init_state(batch).conv)[0])
         values, output = tokens["x"], selective_scan(**tokens, **fixed)[0]
         repeated = {name: tensor.repeat_interleave(time, dim=0) for name, tensor in tokens.items()}
         impulses = torch.eye(time, dtype=x.dtype, device=x.device).repeat(batch, 1)[..., None].expand_as(repeated["x"])

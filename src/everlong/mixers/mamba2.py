@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from ..ops.gated_norm import gated_norm
 from ..ops.linear import Linear
 from ..ops.linear_attention import linear_attention, linear_attention_step
-from ..ops.short_conv import short_conv, short_conv_step
 from ..shapes import state_dtype
 from ..state import state
 from . import base
@@ -41,6 +40,7 @@ class Mamba2(base.Mixer):
 
     equation = "S = exp(dt A) S + B (dt x)ᵀ,  A scalar per head"
     no_decay = ("A_log", "D", "dt_bias")
+    full_precision = ("A_log", "dt_bias")
 
     @dataclass(frozen=True, kw_only=True)
     class Config(base.Config):
@@ -93,9 +93,9 @@ class Mamba2(base.Mixer):
 
     def init_state(self, batch: int) -> State:
         """Zeros: no inputs yet, no memory."""
-        cfg, (mixed, _, width) = self.cfg, self.conv1d.weight.shape
+        cfg, mixed = self.cfg, self.channels + 2 * self.keys
         return self.State(
-            conv=torch.zeros(batch, width - 1, mixed, **self.factory),
+            conv=torch.zeros(batch, cfg.d_conv - 1, mixed, **self.factory),
             memory=torch.zeros(batch, self.n_heads, cfg.d_state, cfg.head_dim, **self.memory_factory),
         )
 
@@ -121,7 +121,7 @@ class Mamba2(base.Mixer):
         """x [B T D] -> y [B T D], state."""
         state = self.begin(x, state, starts)
         z, mixed, dt = self._project(x)
-        mixed, conv = short_conv(mixed, **base.conv_silu(self.conv1d), state=state.conv, starts=starts)
+        mixed, conv = base.convolve(self.conv1d, mixed, state=state.conv, starts=starts)
         x, qkvg = self._heads(mixed, dt)
         y, memory = linear_attention(*qkvg, state=state.memory, starts=starts)
         return self._finish(y, x, z), self.State(conv=conv, memory=memory)
@@ -130,7 +130,7 @@ class Mamba2(base.Mixer):
         """x [B D] -> y [B D], state."""
         state = self.begin(x, state)
         z, mixed, dt = self._project(x)
-        mixed, conv = short_conv_step(mixed, **base.conv_silu(self.conv1d), state=state.conv)
+        mixed, conv = base.convolve_step(self.conv1d, mixed, state=state.conv)
         x, qkvg = self._heads(mixed, dt)
         y, memory = linear_attention_step(*qkvg, state=state.memory)
         return self._finish(y, x, z), self.State(conv=conv, memory=memory)
@@ -138,7 +138,7 @@ class Mamba2(base.Mixer):
     def mixing(self, x: Tensor) -> base.Mixing:
         """See ``base.Mixer.mixing``; one matrix per head, values after convolution and SiLU, before dt."""
         _, mixed, dt = self._project(x)
-        x, (q, k, v, g) = self._heads(short_conv(mixed, **base.conv_silu(self.conv1d))[0], dt)
+        x, (q, k, v, g) = self._heads(base.convolve(self.conv1d, mixed, state=self.init_state(len(x)).conv)[0], dt)
         eye = base.identity_values(*v.shape[:3], like=v)
         matrix, _ = linear_attention(q, k, eye * dt[..., None].to(eye.dtype), g)
         skip = self.D[:, None]

@@ -22,7 +22,6 @@ from ..ops.linear import Linear
 from ..ops.linear_attention import linear_attention, linear_attention_step
 from ..ops.max_plus_scan import max_plus_scan, max_plus_scan_step
 from ..ops.norm import norm
-from ..ops.short_conv import short_conv, short_conv_step
 from ..state import state
 from . import base
 
@@ -103,7 +102,7 @@ class MLSTM(base.Mixer):
         q, k = base.block_diagonal(mixed, self.q_weight), base.block_diagonal(mixed, self.k_weight)
         v = base.block_diagonal(u, self.v_weight)
         dtype = self.memory_factory["dtype"]
-        i, f = self.gates(torch.cat([q, k, v], dim=-1)).to(dtype).chunk(2, dim=-1)
+        i, f = base.precise(self.gates, torch.cat([q, k, v], dim=-1)).to(dtype).chunk(2, dim=-1)
         q, k, v = (part.unflatten(-1, (self.cfg.n_heads, -1)).to(dtype) for part in (q, k, v))
         return Parts(q, k, v, i, log_sigmoid(f))
 
@@ -141,7 +140,7 @@ class MLSTM(base.Mixer):
         """x [B T D] -> y [B T D], state."""
         before = self.begin(x, state, starts)
         u, z = self.up_proj(x).chunk(2, dim=-1)
-        mixed, conv = short_conv(u, **base.conv_silu(self.conv), state=before.conv, starts=starts)
+        mixed, conv = base.convolve(self.conv, u, state=before.conv, starts=starts)
         h, memory, m = self._cell(self._project(u, mixed), before.memory, before.m, starts)
         return self._finish(h, mixed, z), self.State(conv=conv, memory=memory, m=m)
 
@@ -149,7 +148,7 @@ class MLSTM(base.Mixer):
         """x [B D] -> y [B D], state."""
         before = self.begin(x, state)
         u, z = self.up_proj(x).chunk(2, dim=-1)
-        mixed, conv = short_conv_step(u, **base.conv_silu(self.conv), state=before.conv)
+        mixed, conv = base.convolve_step(self.conv, u, state=before.conv)
         q, k, v, i, f = self._project(u, mixed)
         last = before.m.detach()
         m, _ = max_plus_scan_step(i.detach(), f.detach(), state=last)
@@ -161,7 +160,7 @@ class MLSTM(base.Mixer):
         """See ``base.Mixer.mixing``; one matrix per head, divided by the normaliser."""
         before = self.begin(x, None, None)
         u, _ = self.up_proj(x).chunk(2, dim=-1)
-        parts = self._project(u, short_conv(u, **base.conv_silu(self.conv), state=before.conv)[0])
+        parts = self._project(u, base.convolve(self.conv, u, state=before.conv)[0])
         eye = base.identity_values(*parts.v.shape[:3], like=parts.v)
         empty = before.memory.new_zeros(*before.memory.shape[:3], eye.shape[-1] + 1)
         matrix, _, _ = self._cell(parts._replace(v=eye), empty, before.m, None)

@@ -8,13 +8,14 @@ scale, so they are left out: the output is the same up to the eps of the norm.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import shapes
+from ..ops.common import token_positions
 from ..ops.gated_norm import gated_norm
 from ..ops.linear import Linear
 from ..ops.linear_attention import linear_attention, linear_attention_step
@@ -77,8 +78,8 @@ class Retention(base.Mixer):
 
     def _log_decay(self, x: Tensor) -> Tensor:
         """log gamma, [... H] in fp32 or fp64."""
-        gammas = [math.log1p(-(2.0 ** (-5 - head))) for head in range(self.cfg.n_heads)]
-        return torch.tensor(gammas, **self.memory_factory).expand(*x.shape[:-1], self.cfg.n_heads)
+        head = torch.arange(self.cfg.n_heads, dtype=torch.float64, device=x.device)
+        return torch.log1p(-torch.exp2(-5 - head)).to(shapes.state_dtype(x)).expand(*x.shape[:-1], -1)
 
     def _finish(self, y: Tensor, x: Tensor) -> Tensor:
         z = self.gate_proj(x).unflatten(-1, y.shape[-2:])
@@ -87,7 +88,7 @@ class Retention(base.Mixer):
     def forward(self, x: Tensor, state: Any = None, *, starts: Tensor | None = None) -> tuple[Tensor, State]:
         """x [B T D] -> y [B T D], state."""
         before = self.begin(x, state, starts)
-        position = _positions(before.position, x.shape[1], starts)
+        position = token_positions(before.position, x.shape[1], starts)
         y, memory = linear_attention(*self._project(x, position), state=before.memory, starts=starts)
         return self._finish(y, x), self.State(memory=memory, position=position[:, -1] + 1)
 
@@ -99,7 +100,7 @@ class Retention(base.Mixer):
 
     def mixing(self, x: Tensor) -> base.Mixing:
         """See ``base.Mixer.mixing``; one matrix per head."""
-        q, k, v, g = self._project(x, _positions(self.init_state(len(x)).position, x.shape[1], None))
+        q, k, v, g = self._project(x, token_positions(self.init_state(len(x)).position, x.shape[1], None))
         eye = base.identity_values(*v.shape[:3], like=v)
         matrix, _ = linear_attention(q, k, eye, g)
         return base.Mixing(matrix.transpose(1, 2), v, linear_attention(q, k, v, g)[0])
@@ -109,13 +110,3 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Pairs of neighbouring channels of x [... H K] turned by angles [... 1 K/2]."""
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
-
-
-def _positions(begin: Tensor, length: int, starts: Tensor | None) -> Tensor:
-    """Positions [B T] of tokens that follow ``begin`` [B], counted from 0 again where a document starts."""
-    time = torch.arange(length, device=begin.device)
-    position = begin[:, None] + time
-    if starts is None:
-        return position
-    first = torch.where(starts, time, -1).cummax(dim=1).values
-    return torch.where(first >= 0, time - first, position)

@@ -66,6 +66,7 @@ class RGLRU(base.Mixer):
         self._initialise()
 
     no_decay = ("input_gate_bias", "recurrent_gate_bias")
+    full_precision = ("recurrent_param",)
 
     @torch.no_grad()
     def _initialise(self) -> None:

@@ -26,7 +26,6 @@ from ..shapes import state_dtype
 from ..state import state
 from . import base
 
-LORAS = ("decay", "rate", "value", "gate")
 LOG_DECAY = -math.exp(-0.5)  # the strongest decay of one token, w > exp(-0.607)
 
 
@@ -61,8 +60,9 @@ class RWKV7(base.Mixer):
 
     equation = "S = diag(w) S − (α⊙κ)(κᵀS) + k vᵀ"
     side = ("v_first",)
-    no_decay = ("mix", "r_k", *(f"{lora}.{part}" for lora in LORAS for part in ("down", "up")))
+    no_decay = ("mix", "r_k", "down", "up")
     lr_scales: ClassVar[dict[str, float]] = {"decay.bias": 2.0}
+    full_precision = ("decay.bias",)
 
     @dataclass(frozen=True, kw_only=True)
     class Config(base.Config):
@@ -79,6 +79,15 @@ class RWKV7(base.Mixer):
         value_residual: bool | None = None
         norm_eps: float = 64e-5
 
+        def reads(self, depth: base.Depth) -> tuple[str, ...]:
+            """The first layer's values, where v is mixed with them."""
+            mixes = depth.layer > 0 if self.value_residual is None else self.value_residual
+            return RWKV7.side if mixes else ()
+
+        def writes(self, depth: base.Depth) -> tuple[str, ...]:
+            """Its own values, where it does not read others'."""
+            return () if self.reads(depth) else RWKV7.side
+
     @state
     class State:
         """What an RWKV-7 layer keeps."""
@@ -91,7 +100,7 @@ class RWKV7(base.Mixer):
         if cfg.head_size < 1 or d_model % cfg.head_size:
             raise ValueError(f"width {d_model} is no multiple of head_size {cfg.head_size}; choose another head_size")
         self.n_heads = d_model // cfg.head_size
-        self.reads_first = depth.layer > 0 if cfg.value_residual is None else cfg.value_residual
+        self.reads_first = bool(cfg.reads(depth))
         self.mix = nn.Parameter(_token_mixes(d_model, depth))  # rows r, w, k, v, a, g
         self.k_k, self.k_a = nn.Parameter(0.71 - 0.1 * _ramp(d_model)), nn.Parameter(torch.full((d_model,), 1.02))
         self.r_k = nn.Parameter(torch.full((self.n_heads, cfg.head_size), -0.04))
@@ -178,7 +187,7 @@ class RWKV7(base.Mixer):
         before = self.begin(x, state)
         parts = self._parts(x, before.last, side)
         y, memory = delta_rule_step(**parts.rule, state=before.memory)
-        return self._finish(y, parts), self.State(last=x, memory=memory)
+        return self._finish(y, parts), self.State(last=x.clone(), memory=memory)
 
     def mixing(self, x: Tensor, side: dict[str, Tensor] | None = None) -> base.Mixing:
         """See ``base.Mixer.mixing``: y before its norm, without the bonus; one matrix per head."""

@@ -44,6 +44,7 @@ class S4D(base.Mixer):
         memory: Tensor  # [B D N/2 2] fp32, real and imaginary parts
 
     no_decay = ("log_dt", "log_A_real", "A_imag", "D")
+    full_precision = ("log_dt", "log_A_real", "A_imag")
 
     def __init__(self, cfg: Config, d_model: int, depth: base.Depth = base.Depth()) -> None:
         super().__init__(cfg, d_model, depth)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.norm import norm
-from ..ops.short_conv import short_conv, short_conv_step
 from ..ops.slstm_scan import slstm_scan, slstm_scan_step
 from ..state import state
 from . import base
@@ -86,7 +85,7 @@ class SLSTM(base.Mixer):
     def forward(self, x: Tensor, state: Any = None, *, starts: Tensor | None = None) -> tuple[Tensor, State]:
         """x [B T D] -> y [B T D], state."""
         before = self.begin(x, state, starts)
-        mixed, conv = short_conv(x, **base.conv_silu(self.conv), state=before.conv, starts=starts)
+        mixed, conv = base.convolve(self.conv, x, state=before.conv, starts=starts)
         pre = self._project(x, mixed)
         h, cell = slstm_scan(pre, recurrent=self.recurrent, state=before.cell, starts=starts)
         return self._finish(h), self.State(conv=conv, cell=cell)
@@ -94,6 +93,6 @@ class SLSTM(base.Mixer):
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """x [B D] -> y [B D], state."""
         before = self.begin(x, state)
-        mixed, conv = short_conv_step(x, **base.conv_silu(self.conv), state=before.conv)
+        mixed, conv = base.convolve_step(self.conv, x, state=before.conv)
         h, cell = slstm_scan_step(self._project(x, mixed), recurrent=self.recurrent, state=before.cell)
         return self._finish(h), self.State(conv=conv, cell=cell)

@@ -58,4 +58,4 @@ class ChannelMix(base.Mixer):
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """x [B D] -> y [B D], state."""
         before = self.begin(x, state)
-        return self._transform(x, before.last), self.State(last=x)
+        return self._transform(x, before.last), self.State(last=x.clone())

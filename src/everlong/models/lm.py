@@ -59,7 +59,22 @@ class LanguageModel(nn.Module):
             for layer in self.layers:
                 if not isinstance(layer, Layer.Config):
                     raise ValueError(f"layers holds {layer!r}, expected Layer.Config(mixer=..., mlp=...)")
+            self._check_side()
             super().__post_init__()
+
+        def _check_side(self) -> None:
+            """Every layer finds the values that it shares with others."""
+            there: set[str] = set()
+            for index, layer in enumerate(self.layers):
+                depth = base.Depth(index, len(self.layers))
+                for block in filter(None, (layer.mixer, layer.mlp)):
+                    missing = [name for name in block.reads(depth) if name not in there]
+                    if missing:
+                        raise ValueError(
+                            f"layers[{index}] ({block.kind}) reads {missing[0]!r}, which no layer before it writes; "
+                            "the first of a kind that shares values must write them (RWKV-7: value_residual=False)"
+                        )
+                    there.update(block.writes(depth))
 
         def build(self) -> LanguageModel:
             """The model, at its initial values."""
@@ -103,7 +118,7 @@ class LanguageModel(nn.Module):
 
     def init_state(self, batch: int) -> State:
         """The state before the first token, for ``batch`` rows."""
-        position = torch.zeros(batch, dtype=torch.int64, device=self.norm.weight.device)
+        position = torch.zeros(batch, dtype=torch.int64, device=next(self.norm.parameters()).device)
         return self.State(layers=tuple(layer.init_state(batch) for layer in self.layers), position=position)
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -131,9 +146,15 @@ class LanguageModel(nn.Module):
         elif isinstance(self.embedding, PackedEmbedding):
             logits = self.embedding.logits(hidden)
         else:
-            logits = linear(hidden, self.embedding.weight)
+            logits = linear(hidden, self._table())
         cap = self.cfg.logit_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def _table(self) -> Tensor:
+        """The embedding of every token [vocab D], which a tied head multiplies; a wrapper is asked for all of it."""
+        if isinstance(self.embedding, nn.Embedding):
+            return self.embedding.weight
+        return self.embedding(torch.arange(self.cfg.vocab_size, device=next(self.embedding.parameters()).device))
 
     def hidden(
         self, tokens: Tensor, state: State | None = None, *, starts: Tensor | None = None

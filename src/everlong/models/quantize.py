@@ -37,17 +37,26 @@ class Place(NamedTuple):
 def quantized(model: LanguageModel, format: str) -> LanguageModel:
     """A model with its weights in ``format``, in evaluation mode; what does not change is shared, not copied.
 
-    "int8" and "int4" pack the linear maps and make the rest fp32; "fp32" and "bf16" convert all weights, as
-    ``model.to(dtype)`` does. ``ValueError`` for an unknown format, for a model that is quantised already, and for one
-    of which nothing would be packed. ``packed`` says what was.
+    "int8" and "int4" pack the linear maps and make the rest fp32; "fp32" and "bf16" convert all weights (but, to bf16,
+    those that mixers call full precision), as ``model.to(dtype)`` does. ``ValueError`` for an unknown format, for a
+    model that is quantised already or wrapped, and for one of which nothing would be packed. ``packed`` says what was.
     """
     check_format(format)
     if model.weights is not None:
         raise ValueError(f"the weights are {model.weights} already; quantise the model in full precision")
     with torch.device("meta"):
         made = model.cfg.build()
-    dtype = DTYPES.get(format, torch.float32)
-    tensors = {name: _converted(tensor.detach(), dtype) for name, tensor in model.state_dict().items()}
+    dtype, wide = DTYPES.get(format, torch.float32), base.spared(made)
+    tensors = {
+        name: _converted(tensor.detach(), torch.float32 if name in wide else dtype)
+        for name, tensor in model.state_dict().items()
+    }
+    odd = sorted(set(tensors) ^ set(made.state_dict()))
+    if odd:
+        raise ValueError(
+            f"the weights are not those of the model's config ({len(odd)} names differ, first {odd[0]!r}); "
+            "merge adapters and remove parametrisations and wrappers before changing the format"
+        )
     made.load_state_dict(tensors, assign=True)
     if format not in DTYPES:
         _replace(made, format, _pack)
@@ -64,6 +73,8 @@ def prepare(model: LanguageModel, format: str) -> None:
 def places(model: LanguageModel, format: str) -> Iterator[Place]:
     """The modules that ``format`` packs, by role."""
     mixers = [(path, module) for path, module in model.named_modules() if isinstance(module, base.Mixer)]
+    for _, mixer in mixers:
+        mixer.check_names()
     table = format if model.head is None else "int8"  # rows that are only looked up cost no time
     if model.cfg.d_model >= LEAST:
         yield Place("embedding", model.embedding, table, 0)
@@ -76,8 +87,8 @@ def places(model: LanguageModel, format: str) -> Iterator[Place]:
             continue
         own, mixer = max(owners, key=lambda pair: len(pair[0]))
         name = path[len(own) + 1 :]
-        if not _named(name, mixer.full_precision):
-            least = "int8" if _named(name, mixer.int8_at_least) else format
+        if not base.listed(name, mixer.full_precision):
+            least = "int8" if base.listed(name, mixer.int8_at_least) else format
             yield Place(path, module, least, mixer.step_outputs().get(name, 0))
 
 
@@ -93,11 +104,6 @@ def weight_bytes(module: nn.Module) -> int:
 
 def _fits(linear: nn.Linear) -> bool:
     return LEAST <= linear.in_features <= MAX_IN and linear.out_features >= LEAST
-
-
-def _named(name: str, names: tuple[str, ...]) -> bool:
-    """Whether a module is one of ``names``, or inside one."""
-    return any(name == other or name.startswith(other + ".") for other in names)
 
 
 def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:

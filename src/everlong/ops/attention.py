@@ -23,6 +23,7 @@ from ..shapes import check_starts, dims, state_dtype
 from ..state import growing, state
 from . import dispatch
 from .cases import Case
+from .common import token_positions
 
 SEQUENCE = ("q", "k", "v")
 QUERY_BLOCK = 512  # queries that share a mask: the keys after a block are never read
@@ -62,15 +63,6 @@ def slot_positions(position: Tensor, slots: int) -> Tensor:
     """
     newest = position[:, None] - 1
     return newest - (newest - torch.arange(slots, device=position.device)) % max(slots, 1)
-
-
-def token_positions(position: Tensor, time: int, starts: Tensor | None) -> Tensor:
-    """The positions of the next ``time`` tokens within their documents.  ``position [B] -> [B T]``."""
-    index = torch.arange(time, device=position.device)
-    if starts is None:
-        return position[:, None] + index
-    first = torch.where(starts, index, -1).cummax(dim=1).values
-    return torch.where(first < 0, position[:, None] + index, index - first)
 
 
 def attention_step(
@@ -247,7 +239,7 @@ def _filled(k: Tensor, v: Tensor, window: int | None) -> Cache:
     time = k.shape[1]
     position = torch.full((len(k),), time, dtype=torch.long, device=k.device)
     if window is None:
-        return Cache(k, v, position)
+        return Cache(k.clone(), v.clone(), position)  # the caller may overwrite its own
     if time <= window:
         k, v = (F.pad(x, [0, 0, 0, 0, 0, window - time]) for x in (k, v))
     else:

@@ -36,6 +36,15 @@ def per_row(flags: Tensor, like: Tensor) -> Tensor:
     return flags.reshape(-1, *[1] * (like.dim() - 1))
 
 
+def token_positions(position: Tensor, time: int, starts: Tensor | None) -> Tensor:
+    """The positions of the next ``time`` tokens within their documents.  ``position [B] -> [B T]``."""
+    index = torch.arange(time, device=position.device)
+    if starts is None:
+        return position[:, None] + index
+    first = torch.where(starts, index, -1).cummax(dim=1).values
+    return torch.where(first < 0, position[:, None] + index, index - first)
+
+
 def chunk_size(length: int, most: int) -> int:
     """The length of a chunk: ``most``, or the smallest power of two that holds a shorter text."""
     return min(most, 1 << (length - 1).bit_length())

@@ -104,6 +104,16 @@ def _last(x: Tensor, state: Tensor, starts: Tensor | None) -> Tensor:
     return last * (document[:, length:] == document[:, -1:])[..., None]
 
 
+def windows(x: Tensor, state: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What each token's product sees, [B T C W], zero where it is of an earlier document; and the state after x."""
+    width = state.shape[1] + 1
+    seen = torch.cat([state, x.to(state.dtype)], dim=1).unfold(1, width, 1)
+    if starts is not None:
+        document = _documents(starts, width).unfold(1, width, 1)
+        seen = seen * (document == document[..., -1:])[:, :, None]
+    return seen, _last(x, state, starts)
+
+
 def _tiles(x: Tensor) -> list[slice]:
     """Rows of the batch taken together: as many as stay in the cache through all taps."""
     size = max(1, TILE // x[0].numel())

@@ -17,8 +17,7 @@ from typing import Any
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
-from everlong.files import atomic_write
-
+from ..files import atomic_write
 from .measures import (
     MEASURES,
     SESSION_TOKENS,

@@ -15,8 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from everlong.config import suggest
-
+from ..config import suggest
 from .caveats import busy
 from .measures import MEASURES, Results, bits, comma, milliseconds, models, number, percent, size, title
 from .verdict import first_places, verdict

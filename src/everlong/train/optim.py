@@ -8,29 +8,27 @@ from typing import Any
 from torch import nn
 from torch.optim import AdamW
 
-from ..mixers.base import Mixer
-
-
-def _listed(name: str, names: Any) -> str | None:
-    """The entry of ``names`` that means the parameter ``name`` of a mixer: one part of its dotted name, or several."""
-    return next((entry for entry in names if f".{entry}." in f".{name}."), None)
+from ..mixers.base import Mixer, listed
 
 
 def parameter_rules(model: nn.Module) -> dict[str, tuple[bool, float]]:
     """Of every trained parameter, whether it decays and the scale of its learning rate.
 
     Weight decay is for matrices: vectors (norms, biases), embeddings and what a mixer lists in ``no_decay``
-    are spared. A mixer's ``lr_scales`` multiply the learning rate of the parameters they name.
+    are spared. A mixer's ``lr_scales`` multiply the learning rate of the parameters they name. ``ValueError`` for a
+    mixer that lists what it does not have.
     """
     rules = {name: (p.dim() >= 2, 1.0) for name, p in model.named_parameters() if p.requires_grad}
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
+        if isinstance(module, Mixer):
+            module.check_names()
         for name, _ in module.named_parameters():
             decays, scale = rules.get(prefix + name, (False, 1.0))
             if isinstance(module, Mixer):
-                entry = _listed(name, module.lr_scales)
+                entry = listed(name, module.lr_scales)
                 scale = module.lr_scales[entry] if entry else scale
-                decays = decays and not _listed(name, module.no_decay)
+                decays = decays and not listed(name, module.no_decay)
             if isinstance(module, nn.Embedding):
                 decays = False
             if prefix + name in rules:
