@@ -18,7 +18,7 @@ LEVELS = [
     {"ops"},
     {"mixers"},
     {"models"},
-    {"checkpoints", "laws"},
+    {"checkpoints", "laws", "laws_transforms"},
     {"train", "tasks", "bench"},
     {"report"},
     {"compare"},

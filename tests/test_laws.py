@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from everlong import laws
 from everlong.mixers import base
+from everlong.ops.transforms import transforming
 from everlong.state import state
 
 
@@ -135,6 +136,43 @@ class BranchesOnValues(Average):
         return (y if float(x.sum()) > 0 else 2 * y), after
 
 
+class Hidden(torch.autograd.Function):
+    """x, by a rule that transforms know nothing of."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class HidesFromTransforms(Average):
+    def forward(self, x, state=None, *, starts=None):
+        y, state = super().forward(x, state, starts=starts)
+        return Hidden.apply(y), state
+
+
+class Square(torch.autograd.Function):
+    """x^2, whose gradient forgets that it depends on x."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * ctx.saved_tensors[0].detach() * grad
+
+
+class ForgetsSecondGradients(Average):
+    def forward(self, x, state=None, *, starts=None):
+        y, state = super().forward(x, state, starts=starts)
+        return (y * y if transforming() else Square.apply(y)), state
+
+
 BROKEN = {
     "split": Forgets,
     "step": StepsDiffer,
@@ -149,6 +187,7 @@ BROKEN = {
     "compile": DoesNotCompile,
     "gradients": HasDeadParameters,
     "decode": BranchesOnValues,
+    "transforms": HidesFromTransforms,
 }
 
 
@@ -161,6 +200,11 @@ def test_a_sound_mixer_obeys(law):
 def test_a_broken_one_is_found_and_the_law_named(law):
     with pytest.raises(laws.LawBroken, match=f"{BROKEN[law].__name__} breaks the law of {law} "):
         laws.check(laws.subjects(BROKEN[law])[0], law)
+
+
+def test_a_wrong_second_gradient_is_found():
+    with pytest.raises(laws.LawBroken, match="second gradient"):
+        laws.check(laws.subjects(ForgetsSecondGradients)[0], "transforms")
 
 
 def test_overflow_is_found():

@@ -231,7 +231,34 @@ def test_onednn_sees_few_shapes(monkeypatch):
 
 
 @needs_onednn
+@pytest.mark.slow
+def test_a_compiled_map_takes_all_lengths():
+    """Pieces are cut when the graph runs, whatever length it was compiled for."""
+    torch._dynamo.reset()
+    layer = Linear(96, 192)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (300, 512, 700):
+        x = torch.randn(rows, 96)
+        mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+        got, want = compiled(mine), F.linear(theirs, layer.weight, layer.bias)
+        numerics.assert_close(got, want, "y", 1e-5)
+        for y, leaf in ((got, mine), (want, theirs)):
+            leaf.found = torch.autograd.grad(y.cos().sum(), [leaf, *layer.parameters()])
+        for ours, wanted in zip(mine.found, theirs.found, strict=True):
+            numerics.assert_close(ours, wanted, "gradient", 1e-4)
+
+
+@needs_onednn
+def test_opcheck():
+    x, weight, bias = (torch.randn(*shape) for shape in ((300, 64), (128, 64), (128,)))
+    for given in (bias, None):
+        torch.library.opcheck(module._rows_op, (x, weight, given))
+    torch.library.opcheck(module._summed_op, (torch.randn(600, 128), torch.randn(600, 64)))
+
+
+@needs_onednn
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
 def test_memory_of_new_lengths_is_bounded():
     code = "from everlong.bench.lengths import memory_of_prompts; print(memory_of_prompts(60))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

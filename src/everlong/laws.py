@@ -20,6 +20,7 @@ from torch import Tensor
 from . import state as states
 from .config import Config
 from .files import atomic_save_tensors, read_tensors
+from .laws_transforms import transforms
 from .mixers import base
 from .models.blocks import Layer, SwiGLU
 from .models.decode import Decoder
@@ -356,6 +357,7 @@ LAWS: dict[str, Callable[[Subject], None]] = {
     "compile": compiles,
     "gradients": gradients,
     "decode": decodes,
+    "transforms": transforms,
 }
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .record import leaf
-from .transforms import batched, transforming
+from .transforms import custom_op, several_gradients, transforming
 
 ONEDNN = (
     torch.backends.mkldnn.is_available()
@@ -38,6 +38,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     _check(x, weight, bias)
     if not _for_onednn(x.numel() * weight.shape[0], x, weight, bias):
         return F.linear(x, weight, bias)
+    if torch.compiler.is_compiling():
+        return _rows_op(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return _Linear.apply(x, weight, bias)
     return _rows(x, weight, bias)
@@ -55,8 +57,10 @@ def _for_onednn(work: int, *tensors: Tensor | None) -> bool:
     """Plain fp32 tensors on a CPU, outside autocast and the transforms of ``torch.func``, and enough to multiply."""
     if not ONEDNN or work < WORTH or torch.is_autocast_enabled("cpu") or transforming():
         return False
-    given = (t for t in tensors if t is not None)
-    return all(type(t) in (Tensor, nn.Parameter) and t.dtype == torch.float32 and t.device.type == "cpu" for t in given)
+    given = [t for t in tensors if t is not None]
+    if any(type(t) not in (Tensor, nn.Parameter) or t.dtype != torch.float32 or t.device.type != "cpu" for t in given):
+        return False
+    return not several_gradients(*given)
 
 
 def _pieces(rows: int, work: int, least: int) -> list[int]:
@@ -75,8 +79,7 @@ def _pieces(rows: int, work: int, least: int) -> list[int]:
 
 def _rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The product in pieces of the rows of x [... I]; the rest of them by MKL."""
-    run = _rows_op if torch.compiler.is_compiling() else _rows_now
-    return run(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+    return _rows_now(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def _rows_now(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -92,12 +95,7 @@ def _rows_now(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _summed(dy: Tensor, x: Tensor) -> Tensor:
-    """``dy^T x`` summed over all rows of dy [... O] and x [... I], in pieces of the rows; the rest of them by MKL."""
-    run = _summed_op if torch.compiler.is_compiling() else _summed_now
-    return run(dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]))
-
-
-def _summed_now(dy: Tensor, x: Tensor) -> Tensor:
+    """``dy^T x`` summed over the rows of dy [N O] and x [N I], in pieces of the rows; the rest of them by MKL."""
     sizes = _pieces(len(x), dy.shape[1] * x.shape[1], SUMMED)
     rest = len(x) - sum(sizes)
     if not sizes:
@@ -109,10 +107,9 @@ def _summed_now(dy: Tensor, x: Tensor) -> Tensor:
     return total.addmm_(last_dy.t(), last_x) if rest else total
 
 
-_rows_op = batched(torch.library.custom_op("everlong::linear", _rows_now, mutates_args=(), device_types="cpu"))
-_summed_op = batched(
-    torch.library.custom_op("everlong::linear_summed", _summed_now, mutates_args=(), device_types="cpu")
-)
+# For compiled graphs, in which the pieces are cut when they run.
+_rows_op = custom_op("everlong::linear", mutates_args=(), device_types="cpu")(_rows_now)
+_summed_op = custom_op("everlong::linear_summed", mutates_args=(), device_types="cpu")(_summed)
 
 
 @_rows_op.register_fake
@@ -123,6 +120,23 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @_summed_op.register_fake
 def _(dy: Tensor, x: Tensor) -> Tensor:
     return x.new_empty(dy.shape[1], x.shape[1])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.biased = bias is not None
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+    dx = _rows_op(dy, weight.t(), None) if needs_x else None
+    dw = _summed_op(dy, x) if needs_weight else None
+    return dx, dw, dy.sum(0) if ctx.biased and needs_bias else None
+
+
+_rows_op.register_autograd(_gradients, setup_context=_save)
 
 
 def _dense(weight: Tensor) -> Tensor:
@@ -155,9 +169,11 @@ class _Linear(torch.autograd.Function):
 
 def outer(dy: Tensor, x: Tensor) -> Tensor:
     """``dy^T x`` over all rows, the gradient of a weight: dy [... O], x [... I] -> [O I]."""
+    tracked = torch.is_grad_enabled() and (dy.requires_grad or x.requires_grad)
+    rows, inputs = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     if not _for_onednn(dy.numel() * x.shape[-1], dy, x):
-        return dy.reshape(-1, dy.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
-    return _Outer.apply(dy, x) if torch.is_grad_enabled() and (dy.requires_grad or x.requires_grad) else _summed(dy, x)
+        return rows.t() @ inputs
+    return _Outer.apply(rows, inputs) if tracked else _summed(rows, inputs)
 
 
 class _Outer(torch.autograd.Function):
