@@ -144,16 +144,10 @@ def test_checkpointing_gives_the_same_gradients(name, reentrant):
     x = torch.randn(2, 19, 64, requires_grad=True)
     results = []
     for call in (mixer, lambda x: checkpoint(mixer, x, use_reentrant=reentrant)):
-        y = call(x)[0]
-        results.append(torch.autograd.grad(y.square().sum(), x) if not reentrant else backward(y, x))
-    assert torch.equal(*(found[0] for found in results))
-
-
-def backward(y, x):
-    """Re-entrant checkpoints know ``backward`` alone."""
-    x.grad = None
-    y.square().sum().backward()
-    return (x.grad,)
+        x.grad = None
+        call(x)[0].square().sum().backward()
+        results.append(x.grad)
+    assert torch.equal(*results)
 
 
 def test_a_model_gives_gradients_per_sample():
@@ -187,3 +181,15 @@ def test_builds(build):
     env = {**os.environ, "EVERLONG_NATIVE": build}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gla", "mamba", "slstm"])
+def test_compiled_gradients_per_sample(name):
+    torch._dynamo.reset()
+    case = Case(first_subject(name), torch.float32)
+    each = vmap(grad(lambda p, x, w: case.loss(p, x[None], w[None])), in_dims=(None, 0, 0))
+    given = case.parameters, case.x, case.weights
+    got, want = torch.compile(each, backend="eager")(*given), each(*given)
+    for key, theirs in want.items():
+        case.same(got[key], theirs, f"compiled gradient of {key}")

@@ -25,8 +25,8 @@ REASON = (
 
 def transforming() -> bool:
     """Whether a transform of ``torch.func`` is under way, or differentiation in forward mode."""
-    if torch.compiler.is_compiling():
-        return False
+    if torch.compiler.is_compiling():  # what a graph can be asked
+        return torch._C._functorch.peek_interpreter_stack() is not None
     return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
 
 
