@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import everlong
-from everlong import laws
+from everlong import laws, numerics
 from everlong.compare import cost
 from everlong.compare.architectures import DEFAULT, architecture, sized
 from everlong.compare.settings import Settings, quick
@@ -76,7 +76,9 @@ def test_operations_of_attention_are_those_that_pytorch_counts():
         with FlopCounterMode(display=False) as counted:
             attention_step(token, token, token, state=state)
     assert counted.get_total_flops() > 0
-    assert table.operations(layer, 1024) == pytest.approx(maps + counted.get_total_flops(), rel=0.02)
+    assert table.operations(layer, 1024) == pytest.approx(
+        maps + counted.get_total_flops(), rel=numerics.BOUNDS["operations"]
+    )
 
 
 @pytest.mark.parametrize("length", [1024, 1024**2])
@@ -84,7 +86,9 @@ def test_operations_of_hyena_are_those_of_its_convolution(length):
     """One multiplication and one addition for every channel and every token before, beside the maps."""
     layer = find("hyena").Config().build(table.WIDTH)
     maps = 2 * sum(p.numel() for p in layer.parameters())
-    assert table.operations(layer, length) == pytest.approx(maps + 2 * table.WIDTH * length, rel=0.02)
+    assert table.operations(layer, length) == pytest.approx(
+        maps + 2 * table.WIDTH * length, rel=numerics.BOUNDS["operations"]
+    )
 
 
 def test_list_fits_into_eighty_columns(monkeypatch):

@@ -24,7 +24,7 @@ LEVELS = [
     {"mixers"},
     {"models"},
     {"aliasing"},
-    {"checkpoints", "laws", "isolation"},
+    {"checkpoints", "laws", "isolation", "laws_transforms"},
     {"train", "tasks", "bench"},
     {"report"},
     {"compare"},

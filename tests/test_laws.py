@@ -11,6 +11,7 @@ from everlong.mixers import base
 from everlong.models.blocks import Layer
 from everlong.models.lm import LanguageModel
 from everlong.models.quantize import places
+from everlong.ops.transforms import transforming
 from everlong.state import state
 from everlong.train.optim import parameter_rules
 
@@ -168,6 +169,43 @@ class CountsItsCalls(Average):
         return (y if self.calls < 11 else 2 * y), after
 
 
+class Hidden(torch.autograd.Function):
+    """x, by a rule that transforms know nothing of."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class HidesFromTransforms(Average):
+    def forward(self, x, state=None, *, starts=None):
+        y, state = super().forward(x, state, starts=starts)
+        return Hidden.apply(y), state
+
+
+class Square(torch.autograd.Function):
+    """x^2, whose gradient forgets that it depends on x."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * ctx.saved_tensors[0].detach() * grad
+
+
+class ForgetsSecondGradients(Average):
+    def forward(self, x, state=None, *, starts=None):
+        y, state = super().forward(x, state, starts=starts)
+        return (y * y if transforming() else Square.apply(y)), state
+
+
 BROKEN = {
     "split": Forgets,
     "step": StepsDiffer,
@@ -185,6 +223,7 @@ BROKEN = {
     "compile": DoesNotCompile,
     "gradients": HasDeadParameters,
     "decode": CountsItsCalls,
+    "transforms": HidesFromTransforms,
 }
 
 
@@ -217,6 +256,11 @@ def test_a_misspelt_name_is_refused_where_it_is_used(table):
     for use in (parameter_rules, lambda model: list(places(model, "int8"))):
         with pytest.raises(ValueError, match=message):
             use(model)
+
+
+def test_a_wrong_second_gradient_is_found():
+    with pytest.raises(laws.LawBroken, match="second gradient"):
+        laws.check(laws.subjects(ForgetsSecondGradients)[0], "transforms")
 
 
 def test_overflow_is_found():

@@ -9,7 +9,13 @@ from everlong import numerics
 from everlong.ops import native
 from everlong.ops.cases import Case
 from everlong.ops.native.rg_lru_gates import rg_lru_gates_native
-from everlong.ops.rg_lru_gates import inputs, rg_lru_gates, rg_lru_gates_reference, rg_lru_gates_torch
+from everlong.ops.rg_lru_gates import (
+    input_scale,
+    inputs,
+    rg_lru_gates,
+    rg_lru_gates_reference,
+    rg_lru_gates_torch,
+)
 
 BUILDS = [build for build in native.supported() if (native.FOLDER / f"_{build}.so").exists()]
 needs_kernels = pytest.mark.skipif(not BUILDS, reason=f"no kernels: {native.MISSING}")
@@ -119,3 +125,16 @@ def test_wrong_sizes():
     given = inputs(Case("wrong", time=5, heads=2, keys=3))
     with pytest.raises(ValueError, match=r"x has shape \[2, 5, 6\] and r_bias \[2, 3\], but r, i, .* \[2, 5, 2, 2\]"):
         rg_lru_gates(**{**given, "r": given["r"][..., :2]})
+
+
+def test_second_gradients():
+    """Of the root too, whose slope was once taken for a constant; where it is cut at 1000 it is one."""
+    g = -torch.rand(5, dtype=torch.float64).add(0.05)
+    assert torch.autograd.gradgradcheck(input_scale, g.requires_grad_())
+    steep = torch.full((3,), -1e-9, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(input_scale(steep).sum(), steep, create_graph=True)
+    numerics.assert_close(
+        slope, torch.full_like(slope, -2000.0), "the slope that is cut", numerics.BOUNDS["fp32 angle"]
+    )
+    (second,) = torch.autograd.grad(slope.sum(), steep)
+    assert bool(torch.isfinite(second).all())

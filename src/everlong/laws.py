@@ -22,6 +22,7 @@ from .aliasing import aliasing
 from .config import Config
 from .files import atomic_save_tensors, read_tensors
 from .isolation import isolation
+from .laws_transforms import transforms
 from .mixers import base
 from .models.blocks import Layer, SwiGLU
 from .models.decode import Decoder
@@ -370,6 +371,7 @@ LAWS: dict[str, Callable[[Subject], None]] = {
     "gradients": gradients,
     "decode": decodes,
     "names": names,
+    "transforms": transforms,
 }
 
 

@@ -32,6 +32,7 @@ BOUNDS = {
     "int4 weights": 0.1,
     "another machine": 0.05,  # logits of integer weights by the form without kernels, whose inputs are not rounded
     "eps of a norm": 1e-4,  # two published equations that differ in an eps of 1e-6
+    "operations": 0.02,  # operations counted one by one, and by the rule of the table of architectures
     "sample": 0.01,  # shares counted in thousands of draws, absolute
 }
 # Logits of a whole model, by the format of the weights: of engines under test beside the fp32 model.

@@ -24,6 +24,7 @@ from ..state import growing, state
 from . import dispatch
 from .cases import Case
 from .common import token_positions
+from .transforms import transforming
 
 SEQUENCE = ("q", "k", "v")
 QUERY_BLOCK = 512  # queries that share a mask: the keys after a block are never read
@@ -227,7 +228,14 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, view: _View, scale: float |
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, *, causal: bool = False) -> Tensor:
-    """scaled_dot_product_attention for our order of axes.  q [B T H K], k [B S G K], v [B S G V] -> [B T H V]."""
+    """scaled_dot_product_attention for our order of axes.  q [B T H K], k [B S G K], v [B S G V] -> [B T H V].
+
+    Transforms see the softmax written out: PyTorch's fused kernels have no rules for ``vmap`` and ``jvp``.
+    """
+    if transforming():
+        seen = torch.ones(1, q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
+        seen = seen.tril() if causal else seen if mask is None else mask[:, 0]
+        return _read(q.to(k.dtype), k, v, seen, scale).to(v.dtype)
     q, k, v = (x.transpose(1, 2) for x in (q.to(k.dtype), k, v))
     grouped = q.shape[1] != k.shape[1]
     y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ..shapes import state_dtype
 from .dispatch import few
 from .norm import norm
+from .transforms import transforming
 
 
 def loop(
@@ -98,6 +99,15 @@ def suffix_sum(g: Tensor, dim: int) -> Tensor:
     """Sum of what comes after each entry: ``s[j] = g[j+1] + ... + g[C-1]`` (0 for the last)."""
     after = g.narrow(dim, 1, g.shape[dim] - 1).flip(dim).cumsum(dim).flip(dim)
     return torch.cat([after, torch.zeros_like(g.narrow(dim, 0, 1))], dim=dim)
+
+
+def windows(x: Tensor) -> Tensor:
+    """``w[..., r, c] = x[..., r + c]`` of x [... 2S-1]: [... S S], a view; for transforms, made of copies."""
+    size = (x.shape[-1] + 1) // 2
+    if not transforming():
+        return x.unfold(-1, size, 1)
+    rows = F.pad(x[..., None, :].expand(*x.shape[:-1], size, -1), (0, 1)).flatten(-2)  # each row moves by one
+    return F.pad(rows, (0, size)).unflatten(-1, (size, -1))[..., :size]
 
 
 def log_sigmoid(x: Tensor) -> Tensor:

@@ -12,13 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .common import segsum
+from .transforms import custom_op, transforming
+
 
 def decayed(scores: Tensor, g: Tensor) -> Tensor:
     """``scores [... 1 C C]`` (the axis of size 1 may be R) under ``g [... R C] <= 0``: ``[... R C C]``."""
-    return _decayed(scores, g)[0]
+    return scores * segsum(g).exp() if transforming() else _decayed(scores, g)[0]
 
 
-@torch.library.custom_op("everlong::decayed", mutates_args=())
+@custom_op("everlong::decayed", mutates_args=())
 def _decayed(scores: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """The decayed scores and the decay matrix."""
     matrix, decay = g.new_zeros(*g.shape, g.shape[-1]), g.exp()
@@ -33,7 +36,7 @@ def _(scores: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     return g.new_empty(*g.shape, g.shape[-1]), g.new_empty(*g.shape, g.shape[-1])
 
 
-@torch.library.custom_op("everlong::decayed_backward", mutates_args=())
+@custom_op("everlong::decayed_backward", mutates_args=())
 def _decayed_backward(grad: Tensor, product: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the scores, before they are summed over R, and of g: ``sum of grad_ij P_ij over i >= l > j``."""
     through = (grad * product).tril_(-1)

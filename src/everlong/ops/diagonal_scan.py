@@ -22,6 +22,7 @@ from . import dispatch
 from .cases import Case
 from .common import loop
 from .native.diagonal_scan import diagonal_scan_native, refuse
+from .transforms import custom_op, transforming
 
 SEQUENCE = ("b", "g")
 CHUNKS = range(12, 25)  # lengths of a chunk to choose from; the fewest left-over tokens win
@@ -46,7 +47,12 @@ def diagonal_scan_reference(
 
 
 def diagonal_scan_chunk(b: Tensor, g: Tensor, *, state: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Chunk-parallel form, O(T) work in O(log T) sweeps; one node of a compiled graph, with its own gradient."""
+    """Chunk-parallel form, O(T) work in O(log T) sweeps; one node of a compiled graph, with its own gradient.
+
+    Transforms see the plain loop.
+    """
+    if transforming():
+        return diagonal_scan_reference(b, g, state=state, starts=starts)
     if state.is_complex() and not g.is_complex():  # the two parts of each channel decay alike: a real recurrence
         parts = (torch.view_as_real(x.to(state.dtype)).flatten(-2) for x in (b, state))
         h, final = diagonal_scan_chunk(next(parts), g.repeat_interleave(2, dim=-1), state=next(parts), starts=starts)
@@ -75,7 +81,7 @@ def _exp(g: Tensor) -> Tensor:
     return decay
 
 
-@torch.library.custom_op("everlong::diagonal_scan", mutates_args=())
+@custom_op("everlong::diagonal_scan", mutates_args=())
 def _scan_op(b: Tensor, g: Tensor, state: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
     """All h [B T C] and the decays exp(g), zero at ``starts``. All inputs in the dtype of the state."""
     decay = _exp(g)
@@ -86,7 +92,7 @@ def _scan_op(b: Tensor, g: Tensor, state: Tensor, starts: Tensor | None) -> tupl
     return h, decay
 
 
-@torch.library.custom_op("everlong::diagonal_scan_backward", mutates_args=())
+@custom_op("everlong::diagonal_scan_backward", mutates_args=())
 def _backward_op(dh: Tensor, h: Tensor, decay: Tensor, state: Tensor, invariant: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of b, g and state from that of all h."""
     decay = decay.conj().resolve_conj()

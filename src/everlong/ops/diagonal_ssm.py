@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from ..shapes import check_starts, dims, state_dtype
 from . import dispatch
 from .cases import Case
-from .common import loop, to_chunks
+from .common import loop, to_chunks, windows
 from .diagonal_scan import diagonal_scan_chunk
+from .transforms import custom_op, transforming
 
 SEQUENCE = ("x",)
 CHUNK = 64
@@ -65,18 +66,22 @@ def diagonal_ssm_chunk(
     return y, final
 
 
-@torch.library.custom_op("everlong::transposed", mutates_args=())
 def _transposed(x: Tensor) -> Tensor:
+    return x.t().contiguous() if transforming() else _transposed_op(x)
+
+
+@custom_op("everlong::transposed", mutates_args=())
+def _transposed_op(x: Tensor) -> Tensor:
     """A transposed copy whose gradient is a copy too: of strided gradients the matrix products would copy each row."""
     return x.t().clone(memory_format=torch.contiguous_format)
 
 
-@_transposed.register_fake
+@_transposed_op.register_fake
 def _(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[::-1])
 
 
-_transposed.register_autograd(lambda _, grad: _transposed(grad))
+_transposed_op.register_autograd(lambda _, grad: _transposed(grad))
 
 
 def _powers(g: Tensor, size: int) -> Tensor:
@@ -98,7 +103,7 @@ def _whole(parts: Tensor) -> Tensor:
 
 def _toeplitz(band: Tensor) -> Tensor:
     """``m[:, j, i] = band[:, S-1 + i-j]``.  [C 2S-1] -> [C S S]."""
-    return band.unfold(-1, (band.shape[-1] + 1) // 2, 1).flip(-2)
+    return windows(band).flip(-2)
 
 
 def _inside(u: Tensor, kernel: Tensor, starts: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 
 from ..config import suggest
 from .quarantine import isolated
+from .transforms import when_transforming
 
 FEW = 1 << 14  # numbers that one pass takes about as long for as a choice and a call of a kernel
 
@@ -23,9 +24,9 @@ def never(**inputs: Any) -> str | None:
     return None
 
 
-def when_compiling(**inputs: Any) -> str | None:
-    """The refusal of a row whose own autograd function a compiled graph cannot take whole."""
-    return "a compiled graph traces the plain loop" if torch.compiler.is_compiling() else None
+def when_traced(**inputs: Any) -> str | None:
+    """The refusal of a row whose own autograd function hides it from compiled graphs and transforms."""
+    return "a compiled graph traces the plain loop" if torch.compiler.is_compiling() else when_transforming()
 
 
 class Impl(NamedTuple):

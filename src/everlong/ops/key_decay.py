@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from .transforms import custom_op, transforming
 
 
 class Decayed(NamedTuple):
@@ -31,7 +34,8 @@ def decay_pairs(reads: Tensor, keys: Tensor, decay: Tensor, own: Tensor) -> Deca
     """
     leading = decay.shape[:-2]
     last = len(leading) - 1
-    made = _decay_pairs(*(x.flatten(0, last) for x in (reads, keys, decay, own)))
+    run = _plain if transforming() else _decay_pairs
+    made = run(*(x.flatten(0, last) for x in (reads, keys, decay, own)))
     return Decayed(*(x.unflatten(0, leading) for x in made[:4]))
 
 
@@ -95,7 +99,7 @@ def _unmerge(level: _Level, grads: tuple[Tensor, Tensor, Tensor], grad_keep: Ten
     return torch.stack([grad_early, grad_late], dim=2).flatten(1, 2)
 
 
-@torch.library.custom_op("everlong::decay_pairs", mutates_args=())
+@custom_op("everlong::decay_pairs", mutates_args=())
 def _decay_pairs(reads: Tensor, keys: Tensor, decay: Tensor, own: Tensor) -> list[Tensor]:
     """The fields of ``Decayed``, then those of each ``_Level``. reads [M R C K], keys [M S C K], decay [M C K]."""
     reads, keys, keep = (x.clone(memory_format=torch.contiguous_format) for x in (reads, keys, decay))
@@ -108,6 +112,26 @@ def _decay_pairs(reads: Tensor, keys: Tensor, decay: Tensor, own: Tensor) -> lis
         levels += level
         size *= 2
     return [scores, reads, keys, keep.squeeze(1), *levels]
+
+
+def _plain(reads: Tensor, keys: Tensor, decay: Tensor, own: Tensor) -> tuple[Tensor, ...]:
+    """The fields of ``Decayed`` in PyTorch's own operations, for transforms: the same merging, not in place."""
+    scores, reads, keys, keep = _merged(reads, keys, decay)
+    return scores + torch.diag_embed(own).transpose(2, 3), reads, keys, keep
+
+
+def _merged(reads: Tensor, keys: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    size = reads.shape[2]
+    if size == 1:
+        return reads.new_zeros(_score_shape(reads, keys)), reads, keys, decay[:, 0]
+    halves = [x.unflatten(-2, (2, -1)).movedim(-3, 1).flatten(0, 1) for x in (reads, keys, decay)]
+    (first, second), (early, reads), (keys, late), (kept, keep) = (
+        x.unflatten(0, (-1, 2)).unbind(1) for x in _merged(*halves)
+    )
+    cross = torch.einsum("mrik,msjk->mrisj", reads, keys)
+    scores = torch.cat([F.pad(first, (0, size // 2)), torch.cat([cross, second], dim=4)], dim=2)
+    reads = torch.cat([early, reads * kept[:, None, None]], dim=2)
+    return scores, reads, torch.cat([keys * keep[:, None, None], late], dim=2), kept * keep
 
 
 def _score_shape(reads: Tensor, keys: Tensor) -> tuple[int, ...]:
@@ -132,7 +156,7 @@ def _(reads: Tensor, keys: Tensor, decay: Tensor, own: Tensor) -> list[Tensor]:
     return made
 
 
-@torch.library.custom_op("everlong::decay_pairs_backward", mutates_args=())
+@custom_op("everlong::decay_pairs_backward", mutates_args=())
 def _decay_pairs_backward(grads: list[Tensor], levels: list[Tensor]) -> list[Tensor]:
     """Gradients of reads, keys, decay and own, from those of the fields of ``Decayed``."""
     scores = grads[0]

@@ -17,6 +17,8 @@ from ..shapes import check_starts, dims, state_dtype
 from ..state import growing, state
 from . import dispatch
 from .cases import Case
+from .common import windows
+from .transforms import custom_op, transforming
 
 SEQUENCE = ("x",)
 PRODUCT = 32  # halves of documents up to this length meet in a matrix product, longer ones in an FFT
@@ -86,20 +88,26 @@ def long_conv_chunk(
     return y.to(x.dtype), History(kept)
 
 
-@torch.library.custom_op("everlong::fft_conv", mutates_args=())
 def _fft_conv(x: Tensor, kernel: Tensor, time: int) -> Tensor:
+    return (_fft_conv_plain if transforming() else _fft_conv_op)(x, kernel, time)
+
+
+def _fft_conv_plain(x: Tensor, kernel: Tensor, time: int) -> Tensor:
     """The last ``time`` outputs of the convolution of x [B N C] with kernel [C L].  -> [B time C]."""
     length, size = x.shape[1], _fft_size(x, kernel, time)
     spectrum = torch.fft.rfft(x.transpose(1, 2), size) * torch.fft.rfft(kernel[:, :length], size)
     return torch.fft.irfft(spectrum, size)[..., length - time : length].transpose(1, 2).contiguous()
 
 
-@_fft_conv.register_fake
+_fft_conv_op = custom_op("everlong::fft_conv", mutates_args=())(_fft_conv_plain)
+
+
+@_fft_conv_op.register_fake
 def _(x: Tensor, kernel: Tensor, time: int) -> Tensor:
     return x.new_empty(len(x), time, x.shape[2])
 
 
-@torch.library.custom_op("everlong::fft_conv_backward", mutates_args=())
+@custom_op("everlong::fft_conv_backward", mutates_args=())
 def _fft_conv_backward(grad: Tensor, x: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and kernel. Autograd's own would take the FFTs of real numbers as complex ones."""
     length, time, lags = x.shape[1], grad.shape[1], min(x.shape[1], kernel.shape[1])
@@ -124,7 +132,7 @@ def _fft_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*_fft_conv_backward(grad, *ctx.saved_tensors), None)
 
 
-_fft_conv.register_autograd(_fft_gradients, setup_context=_fft_save)
+_fft_conv_op.register_autograd(_fft_gradients, setup_context=_fft_save)
 
 
 def _fft_size(x: Tensor, kernel: Tensor, time: int) -> int:
@@ -136,8 +144,12 @@ def _fft_size(x: Tensor, kernel: Tensor, time: int) -> int:
     return size * 3 // 4 if size * 3 // 4 >= least else size
 
 
-@torch.library.custom_op("everlong::conv_within_documents", mutates_args=())
 def _within_documents(x: Tensor, kernel: Tensor, document: Tensor) -> Tensor:
+    return (_within_plain if transforming() else _within_op)(x, kernel, document)
+
+
+@custom_op("everlong::conv_within_documents", mutates_args=())
+def _within_op(x: Tensor, kernel: Tensor, document: Tensor) -> Tensor:
     """The convolution where a token sees its own ``document [B T]`` only.  x [B T C], kernel [C L] -> [B T C].
 
     Two tokens belong to a left and a right half of exactly one block of 2, 4, 8, ... tokens. Across its middle they see
@@ -153,12 +165,22 @@ def _within_documents(x: Tensor, kernel: Tensor, document: Tensor) -> Tensor:
     return y[..., : x.shape[1]].permute(1, 2, 0).contiguous()
 
 
-@_within_documents.register_fake
+def _within_plain(x: Tensor, kernel: Tensor, document: Tensor) -> Tensor:
+    """The same in PyTorch's own operations, for transforms."""
+    wide, weights = _padded(x), _cropped(x, kernel)
+    y = wide * weights[:, None, :1]
+    for half, leaves, arrives in _levels(document, x.dtype):
+        across = _across(_halves(wide, half)[0] * leaves, weights[:, : 2 * half]) * arrives
+        y = y + torch.stack([torch.zeros_like(across), across], dim=-2).flatten(-3)
+    return y[..., : x.shape[1]].permute(1, 2, 0).contiguous()
+
+
+@_within_op.register_fake
 def _(x: Tensor, kernel: Tensor, document: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("everlong::conv_within_documents_backward", mutates_args=())
+@custom_op("everlong::conv_within_documents_backward", mutates_args=())
 def _within_backward(grad: Tensor, x: Tensor, kernel: Tensor, document: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and kernel, by the same halves."""
     inputs, outer, weights = _padded(x), _padded(grad), _cropped(x, kernel)
@@ -186,7 +208,7 @@ def _within_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*_within_backward(grad, *ctx.saved_tensors), None)
 
 
-_within_documents.register_autograd(_within_gradients, setup_context=_within_save)
+_within_op.register_autograd(_within_gradients, setup_context=_within_save)
 
 
 def _room(time: int) -> int:
@@ -225,7 +247,7 @@ def _levels(document: Tensor, dtype: torch.dtype) -> list[tuple[int, Tensor, Ten
 
 def _hankel(kernel: Tensor) -> Tensor:
     """``[C 2c] -> [C c c]``: the kernel at lag 1 + row + column; rows flipped, lag ``c + t - s`` at row s, column t."""
-    return kernel[:, 1:].unfold(1, kernel.shape[1] // 2, 1)
+    return windows(kernel[:, 1:])
 
 
 def _across(left: Tensor, kernel: Tensor) -> Tensor:

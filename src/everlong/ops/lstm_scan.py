@@ -20,6 +20,7 @@ from ..shapes import check_starts, dims, state_dtype
 from . import dispatch
 from .cases import Case
 from .common import loop
+from .transforms import custom_op
 
 SEQUENCE = ("x",)
 
@@ -118,18 +119,26 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, recurrent, starts = ctx.saved_tensors
-        tape = Tape(*saved)
-        grads, dstate = _replay(tape, dy, dlast, recurrent.flatten(0, 1), starts)
-        before = tape.hidden[:-1]
-        if starts is not None:
-            before = before.masked_fill(starts.t()[..., None], 0.0)
-        drecurrent = grads.flatten(0, 1).flatten(1).t() @ before.flatten(0, 1)
-        return grads.transpose(0, 1), drecurrent.view_as(recurrent), dstate, None
+        *tape, recurrent, starts = ctx.saved_tensors
+        return *_gradients(dy, dlast, tape, recurrent, starts), None
+
+
+@custom_op("everlong::lstm_scan_backward", mutates_args=())
+def _gradients(
+    dy: Tensor, dlast: Tensor, saved: list[Tensor], recurrent: Tensor, starts: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, recurrent and the state."""
+    tape = Tape(*saved)
+    grads, dstate = _replay(tape, dy, dlast, recurrent.flatten(0, 1), starts)
+    before = tape.hidden[:-1]
+    if starts is not None:
+        before = before.masked_fill(starts.t()[..., None], 0.0)
+    drecurrent = grads.flatten(0, 1).flatten(1).t() @ before.flatten(0, 1)
+    return grads.transpose(0, 1), drecurrent.view_as(recurrent), dstate
 
 
 TABLE = (
-    dispatch.Impl("torch", lstm_scan_fused, dispatch.when_compiling),
+    dispatch.Impl("torch", lstm_scan_fused, dispatch.when_traced),
     dispatch.Impl("reference", lstm_scan_reference),
 )
 

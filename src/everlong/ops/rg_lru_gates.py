@@ -47,10 +47,12 @@ def rg_lru_gates_torch(
 
 
 def input_scale(g: Tensor) -> Tensor:
-    """sqrt(1 - a^2) from g = log a; gradients see a slope of at most 1000."""
+    """sqrt(1 - a^2) from g = log a; gradients see a slope of at most 1000, and second ones that of the slope."""
     square = -torch.expm1(2 * g)
-    root = square.detach().sqrt()
-    return root + (square - square.detach()) / (2 * root).clamp(min=1 / STEEPEST)
+    gentle = square >= 0.25 / STEEPEST**2
+    root = torch.where(gentle, square, 1.0).sqrt()
+    still = square.detach()
+    return torch.where(gentle, root, still.sqrt() + STEEPEST * (square - still))
 
 
 TABLE = (

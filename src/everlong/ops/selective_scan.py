@@ -24,6 +24,7 @@ from .cases import Case
 from .common import loop
 from .native.selective_scan import refuse, selective_scan_native
 from .record import leaf
+from .transforms import custom_op, when_transforming
 
 SEQUENCE = ("x", "dt", "B", "C")
 TILE = 1 << 16  # states of the rows of one tile
@@ -162,7 +163,7 @@ def _time_first(part: slice, *tensors: Tensor | None) -> list[Any]:
     return [None if tensor is None else tensor[part].transpose(0, 1).contiguous() for tensor in tensors]
 
 
-@torch.library.custom_op("everlong::selective_scan", mutates_args=())
+@custom_op("everlong::selective_scan", mutates_args=())
 def _scan(
     dt: Tensor, u: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, starts: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -210,7 +211,7 @@ def _(
     return torch.empty(u.shape, dtype=u.dtype, device=u.device), torch.empty_like(state), kept
 
 
-@torch.library.custom_op("everlong::selective_scan_backward", mutates_args=())
+@custom_op("everlong::selective_scan_backward", mutates_args=())
 def _scan_backward(
     grad_y: Tensor,
     grad_state: Tensor,
@@ -295,7 +296,7 @@ _scan.register_autograd(_backward, setup_context=_save)
 
 TABLE = (
     dispatch.Impl("native", selective_scan_native, refuse),
-    dispatch.Impl("torch", selective_scan_chunk),
+    dispatch.Impl("torch", selective_scan_chunk, when_transforming),
     dispatch.Impl("reference", selective_scan_reference),
 )
 

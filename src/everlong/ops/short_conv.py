@@ -21,6 +21,7 @@ from .cases import Case
 from .common import loop
 from .native import short_conv as native
 from .record import leaf
+from .transforms import custom_op, transforming
 
 SEQUENCE = ("x",)
 TILE = 1 << 17  # numbers of one tile of rows
@@ -71,7 +72,8 @@ def short_conv_chunk(
     if starts is not None:
         document = _documents(starts, width)
         same = torch.stack([document[:, j : j + length] == document[:, width - 1 :] for j in range(width)])
-    y = _convolve(padded, weight.to(dtype), None if bias is None else bias.to(dtype), same)
+    convolve = _convolve_plain if transforming() else _convolve
+    y = convolve(padded, weight.to(dtype), None if bias is None else bias.to(dtype), same)
     return _act(y.to(x.dtype), activation), _last(x, state, starts)
 
 
@@ -120,7 +122,7 @@ def _tiles(x: Tensor) -> list[slice]:
     return [slice(row, row + size) for row in range(0, len(x), size)]
 
 
-@torch.library.custom_op("everlong::short_conv", mutates_args=())
+@custom_op("everlong::short_conv", mutates_args=())
 def _convolve(padded: Tensor, weight: Tensor, bias: Tensor | None, same: Tensor | None) -> Tensor:
     """``padded [B W-1+T C]``, ``same`` bool [W B T]: tap j of token t lies in its document. y [B T C]."""
     batch, width = len(padded), weight.shape[1]
@@ -134,12 +136,22 @@ def _convolve(padded: Tensor, weight: Tensor, bias: Tensor | None, same: Tensor 
     return y
 
 
+def _convolve_plain(padded: Tensor, weight: Tensor, bias: Tensor | None, same: Tensor | None) -> Tensor:
+    """The same in PyTorch's own operations, for transforms."""
+    length = padded.shape[1] - weight.shape[1] + 1
+    taps = [padded[:, j : j + length] * weight[:, j] for j in range(weight.shape[1])]
+    if same is not None:
+        taps = [tap * same[j, :, :, None] for j, tap in enumerate(taps)]
+    y = torch.stack(taps).sum(0)
+    return y if bias is None else y + bias
+
+
 @_convolve.register_fake
 def _(padded: Tensor, weight: Tensor, bias: Tensor | None, same: Tensor | None) -> Tensor:
     return padded.new_empty(len(padded), padded.shape[1] - weight.shape[1] + 1, padded.shape[2])
 
 
-@torch.library.custom_op("everlong::short_conv_backward", mutates_args=())
+@custom_op("everlong::short_conv_backward", mutates_args=())
 def _convolve_backward(grad: Tensor, padded: Tensor, weight: Tensor, same: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gradients of ``padded`` and ``weight``; a tile's products are summed while they are in the cache."""
     length, taps = grad.shape[1], weight.t().contiguous()

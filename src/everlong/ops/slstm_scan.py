@@ -21,6 +21,7 @@ from ..shapes import check_starts, dims, state_dtype
 from . import dispatch
 from .cases import Case
 from .common import log_sigmoid, loop
+from .transforms import custom_op
 
 SEQUENCE = ("x",)
 
@@ -188,23 +189,36 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
-        *saved, recurrent, state, starts = ctx.saved_tensors
-        tape, first = Tape(*saved), state.permute(1, 2, 0, 3)
-        dstate = torch.zeros_like(first) if dlast is None else dlast.permute(1, 2, 0, 3).clone()
-        dy = torch.zeros_like(tape.hidden[1:]).permute(2, 0, 1, 3) if dy is None else dy
-        if dlast is not None:  # c and n are what was written, divided by exp(m)
-            dstate[3] -= (dstate[1:3] * tape.memory[-1].permute(2, 0, 1, 3)).sum(0)
-        grads, dfirst = _replay(tape, dy, dstate, recurrent.flatten(2), starts, top=dlast is not None)
-        dfirst[3] += (dfirst[1:3] * first[1:3]).sum(0)
-        before = tape.hidden[:-1]
-        if starts is not None:
-            before = before.masked_fill(starts.t()[:, None, :, None], 0.0)
-        drecurrent = before.transpose(0, 1).flatten(1, 2).mT @ grads.transpose(0, 1).flatten(1, 2).flatten(2)
-        return grads.permute(2, 0, 1, 3, 4), drecurrent.view_as(recurrent), dfirst.permute(2, 0, 1, 3), None
+        *tape, recurrent, state, starts = ctx.saved_tensors
+        return *_gradients(dy, dlast, tape, recurrent, state, starts), None
+
+
+@custom_op("everlong::slstm_scan_backward", mutates_args=())
+def _gradients(
+    dy: Tensor | None,
+    dlast: Tensor | None,
+    saved: list[Tensor],
+    recurrent: Tensor,
+    state: Tensor,
+    starts: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, recurrent and the state."""
+    tape, first = Tape(*saved), state.permute(1, 2, 0, 3)
+    dstate = torch.zeros_like(first) if dlast is None else dlast.permute(1, 2, 0, 3).clone()
+    dy = torch.zeros_like(tape.hidden[1:]).permute(2, 0, 1, 3) if dy is None else dy
+    if dlast is not None:  # c and n are what was written, divided by exp(m)
+        dstate[3] -= (dstate[1:3] * tape.memory[-1].permute(2, 0, 1, 3)).sum(0)
+    grads, dfirst = _replay(tape, dy, dstate, recurrent.flatten(2), starts, top=dlast is not None)
+    dfirst[3] += (dfirst[1:3] * first[1:3]).sum(0)
+    before = tape.hidden[:-1]
+    if starts is not None:
+        before = before.masked_fill(starts.t()[:, None, :, None], 0.0)
+    drecurrent = before.transpose(0, 1).flatten(1, 2).mT @ grads.transpose(0, 1).flatten(1, 2).flatten(2)
+    return grads.permute(2, 0, 1, 3, 4), drecurrent.view_as(recurrent), dfirst.permute(2, 0, 1, 3)
 
 
 TABLE = (
-    dispatch.Impl("torch", slstm_scan_fused, dispatch.when_compiling),
+    dispatch.Impl("torch", slstm_scan_fused, dispatch.when_traced),
     dispatch.Impl("reference", slstm_scan_reference),
 )
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..record import recording
+from ..transforms import when_transforming
 
 BUILDS = ("avx512bf16", "avx512", "avx2", "portable")
 FOLDER = Path(__file__).parent
@@ -71,6 +72,8 @@ def refusal(tensors: dict[str, Any]) -> str | None:
     """Why the kernels cannot take these inputs, or None."""
     if recording() is not None:
         return "a recording notes the operations of PyTorch, not what kernels do with them"
+    if (reason := when_transforming()) is not None:
+        return reason
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             continue

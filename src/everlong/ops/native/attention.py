@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..transforms import custom_op
 from . import call, refusal, threads_for
 
 
@@ -21,7 +22,7 @@ def refuse(**inputs: Any) -> str | None:
     return refusal(tensors)
 
 
-@torch.library.custom_op("everlong::attention_decode_native", mutates_args=("keys", "values"), device_types="cpu")
+@custom_op("everlong::attention_decode_native", mutates_args=("keys", "values"), device_types="cpu")
 def _decode(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
     """y [B H V] fp32; q scaled, fp32; k and v in the dtype of the cache, written at their slots of it."""
     (batch, heads, width), (_, slots, groups, depth) = q.shape, values.shape

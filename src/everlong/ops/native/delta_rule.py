@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..transforms import custom_op
 from . import call, refusal
 from .prepare import common_dtype, flat, total, wants_gradient
 
@@ -30,7 +31,7 @@ def _kept(time: int, keep: bool) -> int:
     return -(-time // EVERY) if keep else 0
 
 
-@torch.library.custom_op("everlong::delta_rule_native", mutates_args=(), device_types="cpu")
+@custom_op("everlong::delta_rule_native", mutates_args=(), device_types="cpu")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -92,7 +93,7 @@ def _(
     )
 
 
-@torch.library.custom_op("everlong::delta_rule_native_backward", mutates_args=(), device_types="cpu")
+@custom_op("everlong::delta_rule_native_backward", mutates_args=(), device_types="cpu")
 def _backward(
     q: Tensor,
     k: Tensor,

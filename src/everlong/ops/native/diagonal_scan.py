@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..transforms import custom_op
 from . import call, refusal, threads_for
 
 REAL, PAIRED, COMPLEX = range(3)  # as in diagonal_scan.cpp: both real; h complex and g real; both complex
@@ -17,7 +18,7 @@ def refuse(**inputs: Any) -> str | None:
     return refusal({name: x.real if isinstance(x, Tensor) and x.is_complex() else x for name, x in inputs.items()})
 
 
-@torch.library.custom_op("everlong::diagonal_scan_native", mutates_args=(), device_types="cpu")
+@custom_op("everlong::diagonal_scan_native", mutates_args=(), device_types="cpu")
 def _forward(
     b: Tensor, g: Tensor, state: Tensor, starts: Tensor | None, kind: int, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,7 +42,7 @@ def _(
     return b.new_empty(b.shape), state.new_empty(state.shape), state.new_empty(_kept(b, keep))
 
 
-@torch.library.custom_op("everlong::diagonal_scan_native_backward", mutates_args=(), device_types="cpu")
+@custom_op("everlong::diagonal_scan_native_backward", mutates_args=(), device_types="cpu")
 def _backward(
     gy: Tensor, gfinal: Tensor | None, g: Tensor, state: Tensor, starts: Tensor | None, h: Tensor, kind: int
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..transforms import custom_op
 from . import call, refusal
 from .prepare import common_dtype, flat, total, wants_gradient
 
@@ -34,7 +35,7 @@ def _blocks(v: Tensor) -> int:
     return -(-v.shape[3] // LANES)
 
 
-@torch.library.custom_op("everlong::linear_attention_native", mutates_args=(), device_types="cpu")
+@custom_op("everlong::linear_attention_native", mutates_args=(), device_types="cpu")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -83,7 +84,7 @@ def _(
     return torch.empty_like(v), torch.empty_like(state), kept
 
 
-@torch.library.custom_op("everlong::linear_attention_native_backward", mutates_args=(), device_types="cpu")
+@custom_op("everlong::linear_attention_native_backward", mutates_args=(), device_types="cpu")
 def _backward(
     q: Tensor,
     k: Tensor,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import FEW
+from ..transforms import custom_op
 from . import call, refusal, rows, threads_for
 
 ACTIVATIONS = ("silu", "sigmoid", "gelu_tanh", "relu2")  # in the order of pointwise.cpp
@@ -54,7 +55,7 @@ def _call_gate(name: str, x: Tensor, z: Tensor, act: int, *outputs: Tensor) -> N
     call(name, *halves, act, *sizes, a.data_ptr(), step, b.data_ptr(), z_step, *outputs, threads)
 
 
-@torch.library.custom_op("everlong::gate_native", mutates_args=(), device_types="cpu")
+@custom_op("everlong::gate_native", mutates_args=(), device_types="cpu")
 def _gate(x: Tensor, z: Tensor, act: int) -> Tensor:
     """x act(z) in the dtype of z."""
     y = _empty(z)
@@ -62,7 +63,7 @@ def _gate(x: Tensor, z: Tensor, act: int) -> Tensor:
     return y
 
 
-@torch.library.custom_op("everlong::gate_native_backward", mutates_args=(), device_types="cpu")
+@custom_op("everlong::gate_native_backward", mutates_args=(), device_types="cpu")
 def _gate_backward(gy: Tensor, x: Tensor, z: Tensor, act: int) -> tuple[Tensor, Tensor]:
     """Gradients of x and z in their dtypes."""
     gx, gz = _empty(x), _empty(z)
@@ -106,7 +107,7 @@ def _call_norm(name: str, inputs: tuple[Any, ...], y_half: int, *outputs: Tensor
     call(name, *flags, period, *sizes, a.data_ptr(), step, at, z_step, weight, bias, *outputs)
 
 
-@torch.library.custom_op("everlong::norm_native", mutates_args=(), device_types="cpu")
+@custom_op("everlong::norm_native", mutates_args=(), device_types="cpu")
 def _norm(
     x: Tensor,
     z: Tensor | None,
@@ -123,7 +124,7 @@ def _norm(
     return y
 
 
-@torch.library.custom_op("everlong::norm_native_backward", mutates_args=(), device_types="cpu")
+@custom_op("everlong::norm_native_backward", mutates_args=(), device_types="cpu")
 def _norm_backward(
     gy: Tensor,
     x: Tensor,

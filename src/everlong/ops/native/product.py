@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...config import suggest
 from ..record import leaf
+from ..transforms import custom_op
 from . import BUILD, MISSING, call, count, cpu_has
 
 FORMATS = ("fp32", "bf16", "int8", "int4")  # the order is that of Weights in product.h
@@ -125,7 +126,7 @@ def unpack(packed: Packed, rows: Tensor | None = None, dtype: torch.dtype = torc
     return _unpack(packed.weight, packed.scale, packed.out, packed.width, flat, half).view(*rows.shape, packed.width)
 
 
-@torch.library.custom_op("everlong::unpack", mutates_args=())
+@custom_op("everlong::unpack", mutates_args=())
 def _unpack(weight: Tensor, scale: Tensor | None, out: int, width: int, rows: Tensor | None, half: bool) -> Tensor:
     packed, dtype = Packed(weight, scale, out, width), torch.bfloat16 if half else torch.float32
     if weight.device.type == "cpu" and rows is not None and rows.numel():
@@ -223,7 +224,7 @@ def _multiply(x: Tensor, weight: Tensor, scale: Tensor | None, out: int) -> Tens
     return y
 
 
-_product = torch.library.custom_op("everlong::product", _multiply, mutates_args=(), device_types="cpu")
+_product = custom_op("everlong::product", mutates_args=(), device_types="cpu")(_multiply)
 
 
 @_product.register_fake

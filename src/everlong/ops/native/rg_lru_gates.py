@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..transforms import custom_op
 from . import call, threads_for
 from .pointwise import refuse_norm
 from .prepare import common_dtype, flat
@@ -34,7 +35,7 @@ def _heads(x: Tensor) -> tuple[Tensor, int, int]:
     return x, step, x.stride(-2)
 
 
-@torch.library.custom_op("everlong::rg_lru_gates_native", mutates_args=(), device_types="cpu")
+@custom_op("everlong::rg_lru_gates_native", mutates_args=(), device_types="cpu")
 def _forward(
     x: Tensor, r: Tensor, i: Tensor, r_bias: Tensor, i_bias: Tensor, decay: Tensor, first: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -44,7 +45,7 @@ def _forward(
     return g, b
 
 
-@torch.library.custom_op("everlong::rg_lru_gates_native_backward", mutates_args=(), device_types="cpu")
+@custom_op("everlong::rg_lru_gates_native_backward", mutates_args=(), device_types="cpu")
 def _backward(
     gg: Tensor,
     gb: Tensor,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..transforms import custom_op
 from . import call, refusal
 from .prepare import common_dtype, flat, wants_gradient
 
@@ -26,7 +27,7 @@ def _kept_shape(x: Tensor, A: Tensor, keep: bool) -> tuple[int, ...]:
     return (batch, -(-time // CHUNK) if keep else 0, -(-channels // 16) * 16, A.shape[1])
 
 
-@torch.library.custom_op("everlong::selective_scan_native", mutates_args=(), device_types="cpu")
+@custom_op("everlong::selective_scan_native", mutates_args=(), device_types="cpu")
 def _forward(
     x: Tensor,
     dt: Tensor,
@@ -83,7 +84,7 @@ def _(
     return torch.empty_like(x), torch.empty_like(state), state.new_empty(_kept_shape(x, A, keep))
 
 
-@torch.library.custom_op("everlong::selective_scan_native_backward", mutates_args=(), device_types="cpu")
+@custom_op("everlong::selective_scan_native_backward", mutates_args=(), device_types="cpu")
 def _backward(
     x: Tensor,
     dt: Tensor,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..transforms import custom_op
 from . import call, last_axis_whole, refusal, threads_for
 
 
@@ -15,7 +16,7 @@ def refuse(**inputs: Any) -> str | None:
     return refusal(inputs)
 
 
-@torch.library.custom_op("everlong::short_conv_native", mutates_args=(), device_types="cpu")
+@custom_op("everlong::short_conv_native", mutates_args=(), device_types="cpu")
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, starts: Tensor | None, silu: bool
 ) -> Tensor:
@@ -39,7 +40,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, starts: Ten
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("everlong::short_conv_native_backward", mutates_args=(), device_types="cpu")
+@custom_op("everlong::short_conv_native_backward", mutates_args=(), device_types="cpu")
 def _backward(
     gy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, starts: Tensor | None, silu: bool
 ) -> list[Tensor]:
