@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+_TRUST = typer.Option("--trust-code", help="Run the code of your own that the folder or file names.")
 app = typer.Typer(
     name="everlong",
     help="Sequence models whose cost stays linear: compare, train, generate, check, bench.",
@@ -62,6 +63,7 @@ def compare(
     from .compare.run import compare as run
     from .compare.settings import profile
 
+    _own_code()
     text = [*(data or []), *(paths or [])]
     if paths and not data:
         raise ValueError(f"unexpected {paths[0]!r}; name text with --data, as in --data {paths[0]}")
@@ -91,6 +93,7 @@ def generate(
         str | None,
         typer.Option(help="Weights in fp32, bf16, int8 or int4; fewer bits are faster.", show_default="as saved"),
     ] = None,
+    trust_code: Annotated[bool, _TRUST] = False,
 ) -> None:
     """Continue a text, streaming.
 
@@ -102,12 +105,20 @@ def generate(
     from .checkpoints.stream import continue_text
     from .models.generate import Sampling
 
+    _own_code()
     sampling = Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed
     )
     text = sys.stdin.read() if prompt == "-" else prompt
     pieces = continue_text(
-        model, text, max_tokens=max_tokens, sampling=sampling, stop=stop or (), session=session, weights=weights
+        model,
+        text,
+        max_tokens=max_tokens,
+        sampling=sampling,
+        stop=stop or (),
+        session=session,
+        weights=weights,
+        trust_code=trust_code,
     )
     print(text, end="", flush=True)
     for piece in pieces:
@@ -144,6 +155,7 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Folder of the run.", show_default="runs/train-MIXER")] = None,
     save_every: Annotated[int, typer.Option(help="Save the run every so many steps.")] = 100,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    trust_code: Annotated[bool, _TRUST] = False,
 ) -> None:
     """Train a language model on text; killed at any moment, it goes on where it was.
 
@@ -155,9 +167,10 @@ def train(
     """
     from .train import job, show
 
+    _own_code()
     if resume is not None:
         show.refuse_other_options(context, "resume")
-        show.train(job.read_job(resume), resume)
+        show.train(job.read_job(resume, trust_code=trust_code), resume)
         return
     settings = job.Trainer.Config(
         tokens=tokens,
@@ -171,7 +184,7 @@ def train(
     )
     if config is not None:
         show.refuse_other_options(context, "config", "mixer", "d_model", "layers")
-        model, name = job.read_model_config(config), config.stem
+        model, name = job.read_model_config(config, trust_code=trust_code), config.stem
     else:
         vocabulary = job.open_tokenizer(tokenizer).vocab_size
         model, name = job.simple_model(mixer, d_model, layers, vocabulary), mixer
@@ -199,6 +212,7 @@ def check(
     """
     from .report.check import check_mixer
 
+    _own_code()
     if not check_mixer(mixer):
         sys.exit(1)
 
@@ -310,6 +324,13 @@ def bench_models(
         sys.exit(1)
 
 
+def _own_code() -> None:
+    """A dotted path is looked for in the folder one is in, too: only while it is imported, and behind all libraries."""
+    from .config import import_from
+
+    import_from("")
+
+
 def _names(text: str) -> list[str]:
     """``"a, b"`` as ``["a", "b"]``."""
     return [name.strip() for name in text.split(",") if name.strip()]
@@ -324,7 +345,6 @@ def _typed() -> str:
 
 def main() -> None:
     """Entry point: errors meant for the user are one clear line, not a traceback."""
-    sys.path.append("")  # a mixer of your own is found from the folder you are in; its files shadow no library's
     try:
         app()
     except BrokenPipeError:  # the reader of a pipe has left (| head): nothing is wrong
@@ -338,4 +358,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if sys.path and sys.path[0] == os.getcwd():  # put there by python -m; files lying there are no commands
+        del sys.path[0]
     main()

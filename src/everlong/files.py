@@ -1,14 +1,23 @@
-"""Files that are never half written: temporary name, fsync, rename; and safetensors behind clear errors."""
+"""Files that are never half written: temporary name, fsync, rename; and what is read from them, bounded.
+
+Whatever a file holds, reading it ends in its contents or in a ``ValueError`` that names the file.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
+
+LONGEST = 2**28  # bytes of a JSON file
+DEEPEST = 64  # lists and mappings inside one another
 
 
 @contextmanager
@@ -95,7 +104,61 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"no file {path}")
     try:
         return load_file(path)
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, OSError, KeyError, RuntimeError, OverflowError) as error:
         raise ValueError(
             f"{path} is not a whole safetensors file ({error}); it was truncated or altered, fetch or write it again"
         ) from error
+
+
+def read_json(path: Path) -> Any:
+    """The contents of a JSON file; ``ValueError`` for what ``parse_json`` refuses, and for what is no readable file."""
+    try:
+        if not path.is_file():
+            raise ValueError(f"no file {path}")
+        size = path.stat().st_size
+        if size > LONGEST:
+            raise ValueError(f"{path} has {size:,} bytes, more than any file of this kind (at most {LONGEST:,})")
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
+    return parse_json(data, str(path))
+
+
+def parse_json(text: str | bytes, source: str) -> Any:
+    """JSON, strictly. ``ValueError``, with ``source``, for keys given twice, numbers that are not finite, deep nesting."""
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+        data = json.loads(text, object_pairs_hook=_once, parse_constant=_finite, parse_float=_finite)
+        _check_depth(data)
+    except RecursionError as error:
+        raise ValueError(f"{source} is not valid JSON of ours (nested too deeply)") from error
+    except ValueError as error:
+        raise ValueError(f"{source} is not valid JSON ({str(error)[:200]}); it was truncated or altered") from error
+    return data
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:80]!r} is there twice")
+    return made
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:80]} is not a finite number")
+    return number
+
+
+def _check_depth(data: Any) -> None:
+    level = [data]
+    for _ in range(DEEPEST):
+        nested = [item for item in level if isinstance(item, (dict, list))]
+        level = [inner for item in nested for inner in (item.values() if isinstance(item, dict) else item)]
+        if not level:
+            return
+    raise ValueError(f"nested more than {DEEPEST} deep")

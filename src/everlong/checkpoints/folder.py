@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import atomic_together, read_tensors, save_tensors
+from ..config import reading
+from ..files import atomic_together, read_json, read_tensors, save_tensors
 from ..models.lm import LanguageModel
 from ..models.quantize import prepare, quantized
 from ..ops.native.product import check_format
@@ -51,12 +52,14 @@ def load(
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     weights: str | None = None,
+    trust_code: bool = False,
 ) -> LanguageModel:
     """The model saved in ``folder``, in evaluation mode; ``dtype`` converts its weights.
 
     ``weights`` instead says in which format they are used: "fp32", "bf16", or quantised, "int8" or "int4" (see
-    ``models.quantize``). A model that was saved quantised is loaded as it was. ``ValueError`` for a folder without a
-    model, an unknown config key or format, weights that are truncated, altered, of another shape, or not finite.
+    ``models.quantize``). A model that was saved quantised is loaded as it was. A folder is data: where its config names
+    code that is not Everlong's, that code runs only with ``trust_code``. ``ValueError`` for a folder without a model,
+    an unknown config key or format, weights that are truncated, altered, of another shape, or not finite.
     """
     data = read_config(folder)
     saved = data.get("quantized")
@@ -72,8 +75,10 @@ def load(
             f"{expected.get('bytes')}, {expected.get('crc32')}); it was truncated or altered, copy it again"
         )
     tensors = read_tensors(path)
+    with reading(Path(folder) / CONFIG, trust_code=trust_code):
+        cfg = LanguageModel.Config.from_dict(data["model"])
     with torch.device("meta"):
-        model = LanguageModel.Config.from_dict(data["model"]).build()
+        model = cfg.build()
         if saved is not None:
             prepare(model, saved)
     _check_tensors(model, tensors, path)
@@ -110,10 +115,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise ValueError(f"no model in {folder} ({CONFIG} is missing); give a folder written by everlong.save")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); it was truncated or altered") from error
+    data = read_json(path)
     if not isinstance(data, dict) or data.get("format") != "everlong-1" or "model" not in data:
         raise ValueError(f"{path} does not describe an Everlong model (format 'everlong-1' and a 'model')")
     return data

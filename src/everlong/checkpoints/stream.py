@@ -20,14 +20,15 @@ def continue_text(
     stop: Sequence[str] = (),
     session: Path | None = None,
     weights: str | None = None,
+    trust_code: bool = False,
 ) -> Iterator[str]:
     """Pieces of text that continue ``prompt``, from the model in ``folder``; the prompt is read before this returns.
 
     ``session`` names a file: where it exists the text goes on from it, and it is written at the end, so
-    that the next call reads nothing twice. ``weights`` is that of ``load``. ``ValueError`` for what ``load`` and
-    ``generate`` refuse.
+    that the next call reads nothing twice. ``weights`` and ``trust_code`` are those of ``load``. ``ValueError``
+    for what ``load`` and ``generate`` refuse.
     """
-    model, tokenizer = load(folder, weights=weights), load_tokenizer(folder)
+    model, tokenizer = load(folder, weights=weights, trust_code=trust_code), load_tokenizer(folder)
     before = None
     if session is not None and session.exists():
         before = states.load(session, new_session(model))

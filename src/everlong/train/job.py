@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 
 from .. import config
 from ..checkpoints import folder as folders
-from ..files import atomic_write
+from ..files import atomic_write, read_json
 from ..models.blocks import FeedForward, Layer, SwiGLU
 from ..models.lm import LanguageModel
 from ..tokenizer import open_tokenizer
@@ -60,30 +59,26 @@ def simple_model(mixer: str, d_model: int, layers: int, vocab_size: int) -> Lang
     return LanguageModel.Config(vocab_size=vocab_size, d_model=d_model, layers=(layer,) * layers)
 
 
-def read_model_config(path: str | Path) -> LanguageModel.Config:
-    """A model's configuration from a JSON file: the bare one, or the ``config.json`` of a saved model."""
+def read_model_config(path: str | Path, *, trust_code: bool = False) -> LanguageModel.Config:
+    """A model's configuration from a JSON file: the bare one, or the ``config.json`` of a saved model.
+
+    ``trust_code`` as in ``everlong.load``.
+    """
     path = Path(path)
     if path.is_dir():
         path = path / folders.CONFIG
-    data = _read_json(path)
-    return LanguageModel.Config.from_dict(data.get("model", data) if isinstance(data, dict) else data)
+    data = read_json(path)
+    with config.reading(path, trust_code=trust_code):
+        return LanguageModel.Config.from_dict(data.get("model", data) if isinstance(data, dict) else data)
 
 
-def read_job(folder: str | Path) -> Job:
-    """The job of a folder that ``train`` began; ``ValueError`` where there is none."""
+def read_job(folder: str | Path, *, trust_code: bool = False) -> Job:
+    """The job of a folder that ``train`` began; ``ValueError`` where there is none. ``trust_code`` as in ``load``."""
     path = Path(folder) / JOB
     if not path.is_file():
         raise ValueError(f"no training run in {folder} ({JOB} is missing); give the --out folder of `everlong train`")
-    return Job.from_dict(_read_json(path))
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from error
+    with config.reading(path, trust_code=trust_code):
+        return Job.from_dict(read_json(path))
 
 
 def train(
