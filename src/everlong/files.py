@@ -110,6 +110,21 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts in the header of a safetensors file; ``ValueError`` where it is missing or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise ValueError(f"no file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, ValueError, OSError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}); it was truncated or altered, fetch or write it again"
+        ) from error
+
+
 def read_json(path: Path) -> Any:
     """The contents of a JSON file; ``ValueError`` for what ``parse_json`` refuses, and for what is no readable file."""
     try:
@@ -125,7 +140,7 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: str | bytes, source: str) -> Any:
-    """JSON, strictly. ``ValueError``, with ``source``, for keys given twice, numbers that are not finite, deep nesting."""
+    """JSON, strictly. ``ValueError`` with ``source``: keys given twice, numbers that are not finite, deep nesting."""
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")

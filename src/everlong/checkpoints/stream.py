@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .. import state as states
-from ..models.generate import Sampling, generate, new_session, stream_text
+from ..models.generate import Sampling, generate, stream_text
 from ..tokenizer import Tokenizer
 from .folder import load, load_tokenizer
+from .session import load_session, save_session
 
 
 def continue_text(
@@ -31,7 +31,7 @@ def continue_text(
     model, tokenizer = load(folder, weights=weights, trust_code=trust_code), load_tokenizer(folder)
     before = None
     if session is not None and session.exists():
-        before = states.load(session, new_session(model))
+        before = load_session(session, model)
     ids = tokenizer.encode(prompt)
     if before is None and tokenizer.eos is not None:
         ids = [tokenizer.eos, *ids]  # documents begin with it in training
@@ -46,4 +46,4 @@ def _streamed(
     """The text as it comes; the session is written when it ends."""
     yield from stream_text(tokens, tokenizer, stop, prompt)
     if session is not None:
-        states.save(tokens.session, session)
+        save_session(tokens.session, session, tokens.model)

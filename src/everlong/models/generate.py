@@ -112,6 +112,7 @@ class generate(Iterator[int]):
         tokens = _ids(prompt).to(device)[None]
         if session is not None:
             states.check_like(session, new_session(model, 0), 1, "session")
+            states.check_values(session, "session")
         elif not tokens.numel():
             raise ValueError("the prompt is empty; give at least one token, or a session to go on from")
         self._check(tokens)

@@ -14,6 +14,7 @@ from ..checkpoints import folder as folders
 from ..files import atomic_write, read_json
 from ..models.blocks import FeedForward, Layer, SwiGLU
 from ..models.lm import LanguageModel
+from ..models.sizes import check_training
 from ..tokenizer import open_tokenizer
 from . import checkpoint
 from .data import Corpus, default_paths
@@ -94,9 +95,11 @@ def train(
     Same job, same folder: it goes on from the last checkpoint. Errors are those of ``Corpus.from_paths`` and
     ``Trainer.run``. ``device`` "auto" is the GPU where there is one.
     """
-    folder = Path(folder)
+    folder, cfg = Path(folder), job.train
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        check_training(job.model, cfg.batch // cfg.accumulate, cfg.batch, cfg.context)
     tokenizer = open_tokenizer(job.tokenizer)
     corpus = Corpus.from_paths(job.paths or default_paths(), tokenizer)
     corpus.windows(job.train.context)
