@@ -30,6 +30,7 @@ from typing_extensions import Self
 BLOCKS = ("everlong.models.blocks", "everlong.models.channel_mix")
 OURS = ("everlong.mixers.", "everlong.models.", "everlong.tasks.")  # where a file may find a class by its dotted path
 LARGEST = 2**63 - 1  # of the integers in a file
+LONGEST = 4096  # characters of its texts
 
 _named: set[str] = set()  # modules that the user named to ``find``
 _folders: list[str] = []  # looked in while a module of the user's own is imported
@@ -161,6 +162,8 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
         return hint(value)
     if hint in (int, float, bool, str) and type(value) is not hint:
         raise ValueError(f"{name} must be {hint.__name__}, got {shown(value)}")
+    if isinstance(value, str) and len(value) > LONGEST:
+        raise ValueError(f"{name} is a text of {len(value):,} characters, longer than any name or path: {shown(value)}")
     return value
 
 

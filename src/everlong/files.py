@@ -9,11 +9,13 @@ import json
 import math
 import os
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 LONGEST = 2**28  # bytes of a JSON file
@@ -106,7 +108,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, ValueError, OSError, KeyError, RuntimeError, OverflowError) as error:
         raise ValueError(
-            f"{path} is not a whole safetensors file ({error}); it was truncated or altered, fetch or write it again"
+            f"{path} is not a whole safetensors file ({str(error)[:200]}); it was truncated or altered, fetch or write it again"
         ) from error
 
 
@@ -121,7 +123,7 @@ def read_metadata(path: Path) -> dict[str, str]:
             return dict(file.metadata() or {})
     except (SafetensorError, ValueError, OSError, RuntimeError) as error:
         raise ValueError(
-            f"{path} is not a whole safetensors file ({error}); it was truncated or altered, fetch or write it again"
+            f"{path} is not a whole safetensors file ({str(error)[:200]}); it was truncated or altered, fetch or write it again"
         ) from error
 
 
@@ -129,7 +131,7 @@ def read_json(path: Path) -> Any:
     """The contents of a JSON file; ``ValueError`` for what ``parse_json`` refuses, and for what is no readable file."""
     try:
         if not path.is_file():
-            raise ValueError(f"no file {path}")
+            raise ValueError(f"cannot read {path}: there is no such file")
         size = path.stat().st_size
         if size > LONGEST:
             raise ValueError(f"{path} has {size:,} bytes, more than any file of this kind (at most {LONGEST:,})")
@@ -177,3 +179,34 @@ def _check_depth(data: Any) -> None:
         if not level:
             return
     raise ValueError(f"nested more than {DEEPEST} deep")
+
+
+def tensor_checksum(tensors: dict[str, Tensor], begin: int = 0) -> int:
+    """CRC-32 of the names, dtypes, shapes and bytes of tensors, in the order of their names."""
+    for name, value in sorted(tensors.items()):
+        begin = zlib.crc32(f"{name} {value.dtype} {list(value.shape)};".encode(), begin)
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        begin = zlib.crc32(flat.view(torch.uint8).numpy().data, begin)
+    return begin
+
+
+def json_checksum(data: Any) -> str:
+    """CRC-32 of plain JSON data, whatever the order of its keys."""
+    return f"{zlib.crc32(json.dumps(data, sort_keys=True).encode()):08x}"
+
+
+def sealed(data: dict[str, Any]) -> dict[str, Any]:
+    """The mapping with its own checksum as ``crc32``."""
+    rest = {name: value for name, value in data.items() if name != "crc32"}
+    return {**rest, "crc32": json_checksum(rest)}
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What ``sealed`` described. ``ValueError`` where it was altered; an older file without a checksum is taken."""
+    data = read_json(path)
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds {type(data).__name__}, expected a mapping")
+    found = data.pop("crc32", None)
+    if found is not None and found != json_checksum(data):
+        raise ValueError(f"{path} was altered since it was written (its checksum differs); restore it from a copy")
+    return data

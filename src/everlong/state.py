@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from typing_extensions import dataclass_transform
 
-from .files import atomic_save_tensors, parse_json, read_metadata, read_tensors
+from .files import atomic_save_tensors, parse_json, read_metadata, read_tensors, tensor_checksum
 
 S = TypeVar("S")
 LONGEST = 2**53  # tokens of a text: positions stay exact in fp64
@@ -198,7 +199,13 @@ def _describe(tree: Any) -> str:
 def save(tree: Any, path: str | Path, meta: dict[str, str] | None = None) -> None:
     """Write a state to one safetensors file, atomically."""
     tensors = {name: leaf.detach().contiguous() for name, leaf, _ in leaves(tree)}
-    atomic_save_tensors(Path(path), tensors, {"format": "everlong-state", "meta": json.dumps(meta or {})})
+    said = json.dumps(meta or {})
+    header = {"format": "everlong-state", "meta": said, "crc32": _seal(tensors, said)}
+    atomic_save_tensors(Path(path), tensors, header)
+
+
+def _seal(tensors: dict[str, Tensor], meta: str) -> str:
+    return str(tensor_checksum(tensors, zlib.crc32(meta.encode())))
 
 
 def load(path: str | Path, like: S) -> S:
@@ -208,6 +215,9 @@ def load(path: str | Path, like: S) -> S:
     """
     tensors = read_tensors(Path(path))
     names = [name for name, *_ in leaves(like)]
+    header = read_metadata(Path(path))
+    if "crc32" in header and header["crc32"] != _seal(tensors, header.get("meta", "")):
+        raise ValueError(f"{path} was altered since it was written (its checksum differs); begin anew, or fetch a copy")
     if set(names) != set(tensors):
         odd = sorted(set(names) ^ set(tensors))[:3]
         raise ValueError(f"{path} holds the state of another model (differs at {', '.join(odd)})")

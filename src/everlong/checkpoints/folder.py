@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import reading, shown, suggest
-from ..files import atomic_together, read_json, read_tensors, save_tensors
+from ..files import atomic_together, json_checksum, read_json, read_tensors, save_tensors
 from ..machine import require_memory
-from ..models.identity import config_checksum, fingerprint, record
+from ..models.identity import fingerprint, record
 from ..models.lm import LanguageModel
 from ..models.quantize import quantized
 from ..models.sizes import size
@@ -48,7 +48,7 @@ def save(model: nn.Module, folder: str | Path, tokenizer: FileTokenizer | ByteTo
         kept = [] if isinstance(tokenizer, ByteTokenizer) else vocabulary or [folder / FILE]
         data = {
             "format": "everlong-1",
-            "fingerprint": f"{config_checksum(found.cfg.to_dict())}-{fingerprint(found).partition('-')[2]}",
+            "fingerprint": f"{json_checksum(found.cfg.to_dict())}-{fingerprint(found).partition('-')[2]}",
             "weights": _described(weights),
             **({} if found.weights is None else {"quantized": found.weights}),
             **({"tokenizer": _described(kept[0])} if kept and kept[0].is_file() else {}),
@@ -146,7 +146,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     for name in ("quantized", "fingerprint"):
         if name in data and not isinstance(data[name], str):
             raise ValueError(f"{path}: {name} is {shown(data[name])}, expected a text")
-    if "fingerprint" in data and data["fingerprint"].partition("-")[0] != config_checksum(data["model"]):
+    if "fingerprint" in data and data["fingerprint"].partition("-")[0] != json_checksum(data["model"]):
         raise ValueError(
             f"{path} was altered since it was saved: its model is not that of its fingerprint; copy it again, or, "
             "where you changed it on purpose, delete the line of the fingerprint"

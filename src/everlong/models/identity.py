@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import zlib
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ..files import json_checksum, tensor_checksum
 from .lm import LanguageModel
 
 
@@ -17,8 +15,8 @@ def plain(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
-        elif "_orig_mod" in model._modules:  # to ask for its class would load the whole compiler
-            model = model.get_submodule("_orig_mod")
+        elif "_orig_mod" in getattr(model, "__dict__", {}).get("_modules", ()):  # torch.compile, not imported here
+            model = vars(model)["_modules"]["_orig_mod"]
         else:
             return model
 
@@ -26,20 +24,6 @@ def plain(model: nn.Module) -> nn.Module:
 def plain_name(name: str) -> str:
     """The name of a tensor without the traces of ``torch.compile`` on parts of a model."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
-
-
-def checksum(tensors: dict[str, Tensor], begin: int = 0) -> int:
-    """CRC-32 of the names, dtypes, shapes and bytes of tensors, in the order of their names."""
-    for name, value in sorted(tensors.items()):
-        begin = zlib.crc32(f"{name} {value.dtype} {list(value.shape)};".encode(), begin)
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        begin = zlib.crc32(flat.view(torch.uint8).numpy().data, begin)
-    return begin
-
-
-def config_checksum(data: Any) -> str:
-    """CRC-32 of plain JSON data, whatever the order of its keys."""
-    return f"{zlib.crc32(json.dumps(data, sort_keys=True).encode()):08x}"
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -52,7 +36,7 @@ def fingerprint(model: nn.Module) -> str:
     if (known := recorded(found)) is not None:
         return known
     tensors = {plain_name(name): tensor for name, tensor in found.state_dict().items()}
-    made = f"{config_checksum(found.cfg.to_dict())}-{checksum(tensors):08x}"
+    made = f"{json_checksum(found.cfg.to_dict())}-{tensor_checksum(tensors):08x}"
     record(found, made)
     return made
 
