@@ -157,19 +157,39 @@ def header_mutations(data):
             yield f"header: {key} is {dtype}", struct.pack("<Q", len(changed)) + changed + body
 
 
+WIDE = (
+    lambda t: t[:, :1],
+    lambda t: torch.cat([t, t, t], 1),
+    lambda t: t.new_zeros(*t.shape[:1], 0, *t.shape[2:]),
+)
+CHANGES = (
+    *WIDE,
+    lambda t: t[:0] if t.dim() else t[None],
+    lambda t: torch.cat([t[None], t[None]]).flatten(0, min(1, t.dim())),
+    lambda t: t[None],
+    lambda t: t.flatten(),
+    lambda t: t.sum(),
+    lambda t: t.bool(),
+    lambda t: t.int(),
+    lambda t: t.to(torch.uint8),
+    lambda t: t.bfloat16(),
+    lambda t: t.double(),
+    lambda t: t.half(),
+    lambda t: t.to(torch.float8_e4m3fn),
+    lambda t: t.to(torch.complex64),
+    lambda t: t.to(torch.uint8).fill_(7).view(torch.bool),
+)
+
+
 def tensor_mutations(tensors):
     """(name, tensors): values, shapes and dtypes of every tensor."""
     for name, tensor in tensors.items():
         for value in (-5, -1, 1, 10**6, 10**12, 2**63 - 1, -(2**63), float("nan"), float("inf"), 1e38):
             if tensor.is_floating_point() or (isinstance(value, int) and tensor.dtype == torch.int64):
                 yield f"{name} = {value}", {**tensors, name: torch.full_like(tensor, value)}
-        for change in (
-            lambda t: t[:0] if t.dim() else t, lambda t: torch.cat([t[None], t[None]]).flatten(0, min(1, t.dim())), lambda t: t[None], lambda t: t.flatten(), lambda t: t.sum(),
-            lambda t: t[:, :1] if t.dim() > 1 else t, lambda t: torch.cat([t, t, t], 1) if t.dim() > 1 else t,
-            lambda t: t.bool(), lambda t: t.int(), lambda t: t.to(torch.uint8), lambda t: t.bfloat16(),
-            lambda t: t.double(), lambda t: t.half(), lambda t: t.to(torch.float8_e4m3fn), lambda t: t.to(torch.complex64),
-            lambda t: t.to(torch.uint8).fill_(7).view(torch.bool), lambda t: t.new_zeros(*t.shape[:1], 0, *t.shape[2:]), lambda t: t + 0 if t.dim() else t[None],
-        ):  # fmt: skip
+        for change in CHANGES:
+            if tensor.dim() < 2 and change in WIDE:
+                continue
             changed = change(tensor)
             yield f"{name}: {list(changed.shape)} {changed.dtype}", {**tensors, name: changed.contiguous()}
         yield f"{name} dropped", {key: value for key, value in tensors.items() if key != name}

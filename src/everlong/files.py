@@ -108,7 +108,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, ValueError, OSError, KeyError, RuntimeError, OverflowError) as error:
         raise ValueError(
-            f"{path} is not a whole safetensors file ({str(error)[:200]}); it was truncated or altered, fetch or write it again"
+            f"{path} is not a whole safetensors file ({str(error)[:200]}); it was truncated or altered, "
+            "fetch or write it again"
         ) from error
 
 
@@ -123,7 +124,8 @@ def read_metadata(path: Path) -> dict[str, str]:
             return dict(file.metadata() or {})
     except (SafetensorError, ValueError, OSError, RuntimeError) as error:
         raise ValueError(
-            f"{path} is not a whole safetensors file ({str(error)[:200]}); it was truncated or altered, fetch or write it again"
+            f"{path} is not a whole safetensors file ({str(error)[:200]}); it was truncated or altered, "
+            "fetch or write it again"
         ) from error
 
 

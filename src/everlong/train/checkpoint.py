@@ -83,8 +83,13 @@ def _check(tensors: dict[str, Tensor], model: nn.Module, parameters: Mapping[str
     for name, value in tensors.items():
         if name.startswith(_OPTIMIZER):
             parameter = parameters.get(name.partition(":")[2])
-            floating = value.is_floating_point() and bool(torch.isfinite(value).all())
-            if parameter is None or not floating or (value.dim() and value.shape != parameter.shape):
+            right = (
+                parameter is not None
+                and value.dtype in (torch.float32, parameter.dtype)
+                and value.shape in ((), parameter.shape)
+                and bool(torch.isfinite(value).all())
+            )
+            if not right:
                 raise ValueError(f"the checkpoint holds {shown(name)}, which is no moment of a parameter of this model")
         elif name != _HISTORY and name not in wanted and name != _RANDOM + "cuda":
             raise ValueError(f"the checkpoint holds {shown(name)}, which no run of this model has")
