@@ -180,10 +180,15 @@ def test_truncated_and_tampered_checkpoints(model, tmp_path):
     data = json.loads(text)
     data["model"]["d_modle"] = data["model"].pop("d_model")
     config.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="was altered since it was saved: its model is not that of its fingerprint"):
+        everlong.load(tmp_path)
+    data.pop("fingerprint")
+    config.write_text(json.dumps(data))
     with pytest.raises(ValueError, match="no option 'd_modle'; did you mean 'd_model'"):
         everlong.load(tmp_path)
     data = json.loads(text)
     data["model"]["d_model"] = 128
+    data.pop("fingerprint")
     config.write_text(json.dumps(data))
     with pytest.raises(ValueError, match=r"does not fit its config: .* has shape"):
         everlong.load(tmp_path)

@@ -377,7 +377,7 @@ def train_slowly(folder, threads):
 def test_killed_twice_it_ends_with_the_same_curve(tmp_path):
     expected = losses(Trainer(model(), corpus(), LONG).run())
     program = f"import test_train; test_train.train_slowly({str(tmp_path)!r}, {torch.get_num_threads()})"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])}
     reached = []
     for least in (5, 30):
         process = subprocess.Popen([sys.executable, "-c", program], env=environment)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .checkpoints.folder import load, load_tokenizer, save
+    from .checkpoints.session import load_session, save_session
     from .models.blocks import Layer, pattern
     from .models.generate import Sampling, Session, generate, stream_text
     from .models.lm import LanguageModel
@@ -22,6 +23,8 @@ _HOMES = {
     "load": "checkpoints.folder",
     "load_tokenizer": "checkpoints.folder",
     "save": "checkpoints.folder",
+    "load_session": "checkpoints.session",
+    "save_session": "checkpoints.session",
     "Layer": "models.blocks",
     "pattern": "models.blocks",
     "LanguageModel": "models.lm",
@@ -41,10 +44,12 @@ __all__ = [
     "explain",
     "generate",
     "load",
+    "load_session",
     "load_tokenizer",
     "pattern",
     "preset",
     "save",
+    "save_session",
     "stream_text",
 ]
 

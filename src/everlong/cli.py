@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+_TRUST = typer.Option("--trust-code", help="Run the code of your own that the folder or file names.")
 app = typer.Typer(
     name="everlong",
     help="Sequence models whose cost stays linear: compare, train, generate, check, bench.",
@@ -63,6 +64,7 @@ def compare(
     from .compare.run import compare as run
     from .compare.settings import profile
 
+    _own_code()
     text = [*(data or []), *(paths or [])]
     if paths and not data:
         raise ValueError(f"unexpected {paths[0]!r}; name text with --data, as in --data {paths[0]}")
@@ -92,6 +94,7 @@ def generate(
         str | None,
         typer.Option(help="Weights in fp32, bf16, int8 or int4; fewer bits are faster.", show_default="as saved"),
     ] = None,
+    trust_code: Annotated[bool, _TRUST] = False,
 ) -> None:
     """Continue a text, streaming.
 
@@ -104,13 +107,21 @@ def generate(
     from .models.generate import Sampling
     from .tokenizer import utf8
 
+    _own_code()
     sampling = Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed
     )
     data = _standard_input() if prompt == "-" else utf8(prompt)
     text = data.decode("utf-8", errors="surrogateescape")  # also where the locale knows less than UTF-8
     pieces = continue_text(
-        model, text, max_tokens=max_tokens, sampling=sampling, stop=stop or (), session=session, weights=weights
+        model,
+        text,
+        max_tokens=max_tokens,
+        sampling=sampling,
+        stop=stop or (),
+        session=session,
+        weights=weights,
+        trust_code=trust_code,
     )
     print(text, end="", flush=True)
     for piece in pieces:
@@ -151,6 +162,7 @@ def train(
         int | None, typer.Option(help="Save the run every so many steps.", show_default="100")
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    trust_code: Annotated[bool, _TRUST] = False,
 ) -> None:
     """Train a language model on text; killed at any moment, --resume goes on from the last save.
 
@@ -162,9 +174,10 @@ def train(
     """
     from .train import job, show
 
+    _own_code()
     if resume is not None:
         show.refuse_other_options(typed, "resume")
-        show.train(job.read_job(resume), resume)
+        show.train(job.read_job(resume, trust_code=trust_code), resume)
         return
     given = {
         "tokens": tokens,
@@ -179,7 +192,7 @@ def train(
     settings = job.Trainer.Config().replace(**{name: value for name, value in given.items() if value is not None})
     if config is not None:
         show.refuse_other_options(typed, "config", "mixer", "d_model", "layers")
-        model, name = job.read_model_config(config), config.stem
+        model, name = job.read_model_config(config, trust_code=trust_code), config.stem
     else:
         vocabulary = job.open_tokenizer(tokenizer).vocab_size
         model, name = job.simple_model(mixer, d_model, layers, vocabulary), mixer
@@ -207,6 +220,7 @@ def check(
     """
     from .report.check import check_mixer
 
+    _own_code()
     if not check_mixer(mixer):
         sys.exit(1)
 
@@ -336,6 +350,13 @@ def _or(given: float | None, usual: float) -> float:
     return usual if given is None else given
 
 
+def _own_code() -> None:
+    """A dotted path is looked for in the folder one is in, too: only while it is imported, and behind all libraries."""
+    from .config import import_from
+
+    import_from("")
+
+
 def _names(text: str) -> list[str]:
     """``"a, b"`` as ``["a", "b"]``."""
     return [name.strip() for name in text.split(",") if name.strip()]
@@ -353,7 +374,6 @@ def main() -> None:
     for stream in filter(None, (sys.stdout, sys.stderr)):
         with contextlib.suppress(AttributeError):  # not one of Python's own, as in a notebook
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # what an 8-bit locale lacks
-    sys.path.append("")  # a mixer of your own is found from the folder you are in; its files shadow no library's
     try:
         app()
     except BrokenPipeError:  # the reader of a pipe has left (| head): nothing is wrong
@@ -367,4 +387,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if sys.path and sys.path[0] == os.getcwd():  # put there by python -m; files lying there are no commands
+        del sys.path[0]
     main()

@@ -1,14 +1,25 @@
-"""Files that are never half written: temporary name, fsync, rename; and safetensors behind clear errors."""
+"""Files that are never half written: temporary name, fsync, rename; and what is read from them, bounded.
+
+Whatever a file holds, reading it ends in its contents or in a ``ValueError`` that names the file.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
+
+LONGEST = 2**28  # bytes of a JSON file
+DEEPEST = 64  # lists and mappings inside one another
 
 
 @contextmanager
@@ -95,7 +106,109 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"no file {path}")
     try:
         return load_file(path)
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, OSError, KeyError, RuntimeError, OverflowError) as error:
         raise ValueError(
-            f"{path} is not a whole safetensors file ({error}); it was truncated or altered, fetch or write it again"
+            f"{path} is not a whole safetensors file ({str(error)[:200]}); it was truncated or altered, "
+            "fetch or write it again"
         ) from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts in the header of a safetensors file; ``ValueError`` where it is missing or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise ValueError(f"no file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, ValueError, OSError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({str(error)[:200]}); it was truncated or altered, "
+            "fetch or write it again"
+        ) from error
+
+
+def read_json(path: Path) -> Any:
+    """The contents of a JSON file; ``ValueError`` for what ``parse_json`` refuses, and for what is no readable file."""
+    try:
+        if not path.is_file():
+            raise ValueError(f"cannot read {path}: there is no such file")
+        size = path.stat().st_size
+        if size > LONGEST:
+            raise ValueError(f"{path} has {size:,} bytes, more than any file of this kind (at most {LONGEST:,})")
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
+    return parse_json(data, str(path))
+
+
+def parse_json(text: str | bytes, source: str) -> Any:
+    """JSON, strictly. ``ValueError`` with ``source``: keys given twice, numbers that are not finite, deep nesting."""
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+        data = json.loads(text, object_pairs_hook=_once, parse_constant=_finite, parse_float=_finite)
+        _check_depth(data)
+    except RecursionError as error:
+        raise ValueError(f"{source} is not valid JSON of ours (nested too deeply)") from error
+    except ValueError as error:
+        raise ValueError(f"{source} is not valid JSON ({str(error)[:200]}); it was truncated or altered") from error
+    return data
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:80]!r} is there twice")
+    return made
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:80]} is not a finite number")
+    return number
+
+
+def _check_depth(data: Any) -> None:
+    level = [data]
+    for _ in range(DEEPEST):
+        nested = [item for item in level if isinstance(item, (dict, list))]
+        level = [inner for item in nested for inner in (item.values() if isinstance(item, dict) else item)]
+        if not level:
+            return
+    raise ValueError(f"nested more than {DEEPEST} deep")
+
+
+def tensor_checksum(tensors: dict[str, Tensor], begin: int = 0) -> int:
+    """CRC-32 of the names, dtypes, shapes and bytes of tensors, in the order of their names."""
+    for name, value in sorted(tensors.items()):
+        begin = zlib.crc32(f"{name} {value.dtype} {list(value.shape)};".encode(), begin)
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        begin = zlib.crc32(flat.view(torch.uint8).numpy().data, begin)
+    return begin
+
+
+def json_checksum(data: Any) -> str:
+    """CRC-32 of plain JSON data, whatever the order of its keys."""
+    return f"{zlib.crc32(json.dumps(data, sort_keys=True).encode()):08x}"
+
+
+def sealed(data: dict[str, Any]) -> dict[str, Any]:
+    """The mapping with its own checksum as ``crc32``."""
+    rest = {name: value for name, value in data.items() if name != "crc32"}
+    return {**rest, "crc32": json_checksum(rest)}
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What ``sealed`` described. ``ValueError`` where it was altered; an older file without a checksum is taken."""
+    data = read_json(path)
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds {type(data).__name__}, expected a mapping")
+    found = data.pop("crc32", None)
+    if found is not None and found != json_checksum(data):
+        raise ValueError(f"{path} was altered since it was written (its checksum differs); restore it from a copy")
+    return data

@@ -3,7 +3,8 @@
 ``@state`` declares one. ``gather``, ``stack``, ``detach``, ``nbytes``, ``save`` and ``load`` work on any state and on
 tuples of states. A leaf whose length grows with the text is declared with ``growing("end")`` (new
 entries are appended at the end; padded there when rows are stacked) or ``growing("start")`` (the
-newest entry is always last, older ones are padded with zeros in front).
+newest entry is always last, older ones are padded with zeros in front). A leaf of counts, which kernels take as places
+in memory, is declared with ``counted``, and those of a file are held to it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,9 +21,10 @@ import torch
 from torch import Tensor
 from typing_extensions import dataclass_transform
 
-from .files import atomic_save_tensors, read_tensors
+from .files import atomic_save_tensors, parse_json, read_metadata, read_tensors, tensor_checksum
 
 S = TypeVar("S")
+LONGEST = 2**53  # tokens of a text: positions stay exact in fp64
 
 
 def growing(pad: str) -> Any:
@@ -30,7 +33,17 @@ def growing(pad: str) -> Any:
     return dataclasses.field(metadata={"pad": pad})
 
 
-@dataclass_transform(frozen_default=True, field_specifiers=(growing,))
+def counted(within: str | None = None) -> Any:
+    """Declare a leaf of counts: from 0 to the length (axis 1) of the leaf ``within``, or of any text."""
+    return dataclasses.field(metadata={"within": within, "counted": True})
+
+
+def separate() -> Any:
+    """Declare a tuple of states of their own, whose growing leaves may differ in length from each other's."""
+    return dataclasses.field(metadata={"separate": True})
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(growing, counted, separate))
 def state(cls: type[S]) -> type[S]:
     """Make ``cls`` a frozen dataclass of tensors, a pytree, with an ``nbytes`` property.
 
@@ -83,7 +96,7 @@ def nbytes_after(tree: Any, length: int) -> int:
 
 def batch_size(tree: Any) -> int | None:
     """Rows of a state, or None for a state without tensors."""
-    return next((leaf.shape[0] for _, leaf, _ in leaves(tree)), None)
+    return next((leaf.shape[0] if leaf.dim() else 0 for _, leaf, _ in leaves(tree)), None)
 
 
 def map_leaves(function: Any, tree: S) -> S:
@@ -145,7 +158,7 @@ def check_like(tree: Any, like: Any, rows: int, what: str = "state") -> None:
             "make one with init_state(batch) of this model"
         )
     for (name, want, pad), (_, got, _) in zip(ours, theirs, strict=True):
-        if got.shape[0] != rows:
+        if got.dim() == want.dim() and got.shape[0] != rows:
             raise ValueError(
                 f"{what} holds {got.shape[0]} rows, expected a batch of {rows}; "
                 "use state.gather to pick rows or init_state(batch) to begin anew"
@@ -162,6 +175,40 @@ def check_like(tree: Any, like: Any, rows: int, what: str = "state") -> None:
             )
 
 
+def check_values(tree: Any, what: str = "state", path: str = "") -> set[int]:
+    """Raise ``ValueError`` for numbers that no call makes and a kernel would believe: a state may come from a file.
+
+    Counts outside of their bounds, booleans that are neither, growing leaves of one state with different lengths.
+    Returns the lengths of the growing leaves.
+    """
+    if isinstance(tree, Tensor):
+        if tree.dtype == torch.bool and tree.numel() and int(tree.contiguous().view(torch.uint8).max()) > 1:
+            raise ValueError(f"{what} leaf {path.rstrip('.')} holds booleans that are neither 0 nor 1; it was altered")
+        return set()
+    if isinstance(tree, (tuple, list)):
+        return set().union(*(check_values(item, what, f"{path}{index}.") for index, item in enumerate(tree)))
+    lengths: set[int] = set()
+    for field in dataclasses.fields(tree):
+        value, declared = getattr(tree, field.name), field.metadata
+        inner = check_values(value, what, f"{path}{field.name}.")
+        lengths |= set() if "separate" in declared else inner
+        if "pad" in declared:
+            lengths.add(value.shape[1])
+        if "counted" in declared and value.numel():
+            low, high = (int(bound) for bound in value.aminmax())
+            most = LONGEST if declared["within"] is None else getattr(tree, declared["within"]).shape[1]
+            if low < 0 or high > most:
+                raise ValueError(
+                    f"{what} leaf {path}{field.name} counts from {low} to {high}, expected 0 to {most}; no reading "
+                    "makes that: the file was altered, begin anew"
+                )
+    if len(lengths) > 1:
+        raise ValueError(
+            f"{what} at {path or 'the top'} has histories of {sorted(lengths)} tokens, expected one length"
+        )
+    return lengths
+
+
 def _describe(tree: Any) -> str:
     if isinstance(tree, (tuple, list)):
         return f"{len(tree)} layer states"
@@ -171,7 +218,13 @@ def _describe(tree: Any) -> str:
 def save(tree: Any, path: str | Path, meta: dict[str, str] | None = None) -> None:
     """Write a state to one safetensors file, atomically."""
     tensors = {name: leaf.detach().contiguous() for name, leaf, _ in leaves(tree)}
-    atomic_save_tensors(Path(path), tensors, {"format": "everlong-state", "meta": json.dumps(meta or {})})
+    said = json.dumps(meta or {})
+    header = {"format": "everlong-state", "meta": said, "crc32": _seal(tensors, said)}
+    atomic_save_tensors(Path(path), tensors, header)
+
+
+def _seal(tensors: dict[str, Tensor], meta: str) -> str:
+    return str(tensor_checksum(tensors, zlib.crc32(meta.encode())))
 
 
 def load(path: str | Path, like: S) -> S:
@@ -181,6 +234,9 @@ def load(path: str | Path, like: S) -> S:
     """
     tensors = read_tensors(Path(path))
     names = [name for name, *_ in leaves(like)]
+    header = read_metadata(Path(path))
+    if "crc32" in header and header["crc32"] != _seal(tensors, header.get("meta", "")):
+        raise ValueError(f"{path} was altered since it was written (its checksum differs); begin anew, or fetch a copy")
     if set(names) != set(tensors):
         odd = sorted(set(names) ^ set(tensors))[:3]
         raise ValueError(f"{path} holds the state of another model (differs at {', '.join(odd)})")
@@ -188,4 +244,14 @@ def load(path: str | Path, like: S) -> S:
     rows = batch_size(loaded)
     if rows is not None:
         check_like(loaded, like, rows, f"state in {path}")
+        check_values(loaded, f"state in {path}")
     return loaded
+
+
+def read_meta(path: str | Path) -> dict[str, Any]:
+    """What ``save`` was given as ``meta``; ``ValueError`` where the file holds no state."""
+    header = read_metadata(Path(path))
+    meta = parse_json(header.get("meta", "{}"), f"{path}: meta")
+    if header.get("format") != "everlong-state" or not isinstance(meta, dict):
+        raise ValueError(f"{path} holds no state of Everlong; give a file that state.save or a session wrote")
+    return meta

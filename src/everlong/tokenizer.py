@@ -126,7 +126,9 @@ class FileTokenizer:
         try:
             self.library = Library.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{path} is not a tokenizer file of the tokenizers library ({error})") from error
+            raise ValueError(
+                f"{path} is not a tokenizer file of the tokenizers library ({str(error)[:200]})"
+            ) from error
         self.library.no_truncation()  # some files come with a longest length, and would drop the rest of a text
         self.library.no_padding()
         self.vocab_size = 1 + max(self.library.get_vocab().values(), default=-1)  # ids may have gaps

@@ -46,8 +46,9 @@ def loss_rows() -> list[Row]:
 
 def measured(what: str, settings: dict[str, Any]) -> dict[str, Any]:
     """The figures of a process of its own. ``RuntimeError`` with its last words where it failed."""
-    done = subprocess.run(
-        [sys.executable, "-m", __name__, what], input=json.dumps(settings), capture_output=True, text=True
+    start = f"import sys; sys.path[:] = filter(None, sys.path); from {__name__} import main; main()"
+    done = subprocess.run(  # the folder one is in is not on the path of that process
+        [sys.executable, "-c", start, what], input=json.dumps(settings), capture_output=True, text=True
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]

@@ -31,7 +31,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ..files import atomic_write
+from ..files import atomic_write, read_sealed, sealed
 from ..machine import machine
 
 Results = dict[str, Any]
@@ -49,16 +49,16 @@ def begin(kind: str, command: str, settings: dict[str, Any]) -> Results:
 
 def save(results: Results, folder: Path) -> None:
     """Write ``results.json`` in ``folder``, whole or not at all."""
-    atomic_write(folder / RESULTS, json.dumps(results, indent=1) + "\n")
+    atomic_write(folder / RESULTS, json.dumps(sealed(results), indent=1) + "\n")
 
 
 def load(folder: Path) -> Results:
     """The results in ``folder``. ``ValueError`` where there are none, or none of a bench."""
     path = folder / RESULTS
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        results = read_sealed(path)
+    except ValueError as error:
         raise ValueError(f"{path} cannot be read as results of a bench ({error})") from error
-    if not isinstance(results, dict) or results.get("version") != 1 or results.get("kind") not in KINDS:
+    if type(results.get("version")) is not int or results["version"] != 1 or results.get("kind") not in KINDS:
         raise ValueError(f"{path} does not hold the results of a bench; give the folder that `everlong bench` wrote")
     return results

@@ -1,7 +1,7 @@
 """Models in folders: ``config.json`` and ``model.safetensors`` (and ``tokenizer.json`` where it is not bytes).
 
-Bit-equal, never pickle. The config records the length and checksum of the weights, so that a truncated or
-altered file is refused.
+Bit-equal, never pickle. The config records length and checksum of the other files, and a fingerprint of itself and the
+weights, so that what was truncated or altered is refused.
 """
 
 from __future__ import annotations
@@ -12,37 +12,57 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..files import atomic_together, read_tensors, save_tensors
+from ..config import reading, shown, suggest
+from ..files import atomic_together, json_checksum, read_json, read_tensors, save_tensors
+from ..machine import require_memory
+from ..models.identity import fingerprint, record
 from ..models.lm import LanguageModel
-from ..models.quantize import prepare, quantized
+from ..models.quantize import quantized
+from ..models.sizes import size
 from ..ops.native.product import check_format
 from ..tokenizer import FILE, ByteTokenizer, FileTokenizer, open_tokenizer
+from .savable import FLOATS, check_dtypes, hollow, savable
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}
+ENTRIES = {"format", "fingerprint", "weights", "quantized", "tokenizer", "model"}
 
 
-def save(model: LanguageModel, folder: str | Path, tokenizer: FileTokenizer | ByteTokenizer | None = None) -> None:
+def save(model: nn.Module, folder: str | Path, tokenizer: FileTokenizer | ByteTokenizer | None = None) -> None:
     """Write ``model`` to ``folder`` (made where missing): all of its files, or none.
 
-    Without ``tokenizer`` the one that lies there stays. ``OSError`` where a file cannot be written; those of an
-    earlier save are then intact.
+    Compiled and parallel wrappers are taken off. Without ``tokenizer`` the one that lies there stays. ``ValueError``
+    for a model that loading would not give back (see ``savable``); ``OSError`` where a file cannot be written;
+    those of an earlier save are then intact.
     """
     folder = Path(folder)
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
+    found, tensors = savable(model)
+    tensors = {name: _compact(tensor) for name, tensor in tensors.items()}
     names = [WEIGHTS, CONFIG, *([FILE] if isinstance(tokenizer, FileTokenizer) else [])]
     with atomic_together(*(folder / name for name in names)) as (weights, config, *vocabulary):
         save_tensors(weights, tensors, {"format": "pt"})
-        size, checksum = _fingerprint(weights)
-        quantised = {} if model.weights is None else {"quantized": model.weights}
-        fingerprint = {"bytes": size, "crc32": checksum}
-        data = {"format": "everlong-1", "weights": fingerprint, **quantised, "model": model.cfg.to_dict()}
-        config.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
         for path in vocabulary:
             path.write_text(tokenizer.library.to_str(), encoding="utf-8")  # type: ignore[union-attr]
+        kept = [] if isinstance(tokenizer, ByteTokenizer) else vocabulary or [folder / FILE]
+        data = {
+            "format": "everlong-1",
+            "fingerprint": f"{json_checksum(found.cfg.to_dict())}-{fingerprint(found).partition('-')[2]}",
+            "weights": _described(weights),
+            **({} if found.weights is None else {"quantized": found.weights}),
+            **({"tokenizer": _described(kept[0])} if kept and kept[0].is_file() else {}),
+            "model": found.cfg.to_dict(),
+        }
+        config.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     if isinstance(tokenizer, ByteTokenizer):
         (folder / FILE).unlink(missing_ok=True)
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU, alone in its memory."""
+    whole = tensor.contiguous().cpu()
+    return whole if whole.untyped_storage().nbytes() == whole.nbytes else whole.clone()
 
 
 def load(
@@ -51,36 +71,37 @@ def load(
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     weights: str | None = None,
+    trust_code: bool = False,
 ) -> LanguageModel:
     """The model saved in ``folder``, in evaluation mode; ``dtype`` converts its weights.
 
     ``weights`` instead says in which format they are used: "fp32", "bf16", or quantised, "int8" or "int4" (see
-    ``models.quantize``). A model that was saved quantised is loaded as it was. ``ValueError`` for a folder without a
-    model, an unknown config key or format, weights that are truncated, altered, of another shape, or not finite.
+    ``models.quantize``). A model that was saved quantised is loaded as it was. A folder is data: where its config names
+    code that is not Everlong's, that code runs only with ``trust_code``. ``ValueError`` for a folder without a model,
+    an unknown config key or format, weights that are truncated, altered, of another shape, or not finite.
     """
     data = read_config(folder)
-    saved = data.get("quantized")
+    saved, known = data.get("quantized"), data.get("fingerprint")
     _check_formats(folder, saved, weights, dtype)
     path = Path(folder) / WEIGHTS
     if not path.is_file():
         raise ValueError(f"{folder} holds a {CONFIG} but no {WEIGHTS}; copy it there, or save the model again")
-    size, checksum = _fingerprint(path)
-    expected = data.get("weights", {})
-    if (size, checksum) != (expected.get("bytes", size), expected.get("crc32", checksum)):
-        raise ValueError(
-            f"{path} is not the file that was saved ({size} bytes, checksum {checksum}; expected "
-            f"{expected.get('bytes')}, {expected.get('crc32')}); it was truncated or altered, copy it again"
-        )
+    _check_file(path, data.get("weights"))
+    with reading(Path(folder) / CONFIG, trust_code=trust_code):
+        cfg = LanguageModel.Config.from_dict(data["model"])
     tensors = read_tensors(path)
-    with torch.device("meta"):
-        model = LanguageModel.Config.from_dict(data["model"]).build()
-        if saved is not None:
-            prepare(model, saved)
+    _check_size(cfg, tensors, path)
+    model = hollow(cfg, saved)
     _check_tensors(model, tensors, path)
     model.load_state_dict(tensors, assign=True)
+    check_dtypes(model)
     for parameter in model.parameters():
         parameter.requires_grad_(saved is None and parameter.is_floating_point())
+    bits = 8 * dtype.itemsize if dtype is not None else BITS.get(weights or "", 0) if weights != saved else 0
+    require_memory(sum(x.numel() for x in tensors.values()) * bits // 8, "to convert the weights", "use them as saved")
     model = model.to(device=device, dtype=dtype).eval()
+    if known is not None and "weights" in data:
+        record(model, known)
     return model if weights in (None, saved) else quantized(model, weights)
 
 
@@ -100,8 +121,12 @@ def _check_formats(folder: str | Path, saved: str | None, weights: str | None, d
 
 
 def load_tokenizer(folder: str | Path) -> FileTokenizer | ByteTokenizer:
-    """The tokenizer saved beside a model: its ``tokenizer.json``, or bytes."""
-    read_config(folder)
+    """The tokenizer saved beside a model: its ``tokenizer.json``, or bytes. ``ValueError`` where it was altered."""
+    path, recorded = Path(folder) / FILE, read_config(folder).get("tokenizer")
+    if recorded is not None and not path.is_file():
+        raise ValueError(f"{folder} was saved with a {FILE}, which is missing; copy it there")
+    if path.is_file():
+        _check_file(path, recorded)
     return open_tokenizer(folder)
 
 
@@ -110,35 +135,76 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise ValueError(f"no model in {folder} ({CONFIG} is missing); give a folder written by everlong.save")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); it was truncated or altered") from error
+    data = read_json(path)
     if not isinstance(data, dict) or data.get("format") != "everlong-1" or "model" not in data:
         raise ValueError(f"{path} does not describe an Everlong model (format 'everlong-1' and a 'model')")
+    if odd := sorted(set(data) - ENTRIES):
+        raise ValueError(f"{path} has an entry {shown(odd[0])}{suggest(odd[0], ENTRIES)}")
+    for name in ("weights", "tokenizer"):
+        if name in data and not _is_description(data[name]):
+            raise ValueError(f"{path}: {name} is {shown(data[name])}, expected its length and checksum")
+    for name in ("quantized", "fingerprint"):
+        if name in data and not isinstance(data[name], str):
+            raise ValueError(f"{path}: {name} is {shown(data[name])}, expected a text")
+    if "fingerprint" in data and data["fingerprint"].partition("-")[0] != json_checksum(data["model"]):
+        raise ValueError(
+            f"{path} was altered since it was saved: its model is not that of its fingerprint; copy it again, or, "
+            "where you changed it on purpose, delete the line of the fingerprint"
+        )
     return data
 
 
-def _fingerprint(path: Path) -> tuple[int, int]:
+def _is_description(data: Any) -> bool:
+    """Whether this is what ``_described`` gives."""
+    return isinstance(data, dict) and set(data) == {"bytes", "crc32"} and all(type(n) is int for n in data.values())
+
+
+def _described(path: Path) -> dict[str, int]:
+    """Length and checksum of a file."""
     size = checksum = 0
     with path.open("rb") as file:
         while block := file.read(1 << 22):
             size, checksum = size + len(block), zlib.crc32(block, checksum)
-    return size, checksum
+    return {"bytes": size, "crc32": checksum}
+
+
+def _check_file(path: Path, expected: dict[str, int] | None) -> None:
+    """``ValueError`` where the file is not the one that was described; nothing where none was."""
+    if expected is None:
+        return
+    found = _described(path)
+    if found != expected:
+        raise ValueError(
+            f"{path} is not the file that was saved ({found['bytes']} bytes, checksum {found['crc32']}; expected "
+            f"{expected['bytes']}, {expected['crc32']}); it was truncated or altered, copy it again"
+        )
+
+
+def _check_size(cfg: LanguageModel.Config, tensors: dict[str, Tensor], path: Path) -> None:
+    """The config is of about the size of the file: what it asks for is bounded before any of it is made."""
+    layers = {name.split(".")[1] for name in tensors if name.startswith("layers.")}
+    if len(layers) != len(cfg.layers):
+        raise ValueError(f"{path} does not fit its config: it has {len(layers)} layers, expected {len(cfg.layers)}")
+    try:
+        needed = size(cfg, 4 * sum(x.numel() for x in tensors.values()))
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit its config: {error}") from error
+    require_memory(needed.state, "the state of one text", "the config is not that of a model for this machine")
 
 
 def _check_tensors(model: LanguageModel, tensors: dict[str, Tensor], path: Path) -> None:
     wanted = model.state_dict()
     odd = sorted(set(wanted) ^ set(tensors))
     if odd:
-        raise ValueError(f"{path} does not fit its config: {len(odd)} tensors differ, first {odd[0]!r}")
+        raise ValueError(f"{path} does not fit its config: {len(odd)} tensors differ, first {shown(odd[0])}")
     for name, want in wanted.items():
         got = tensors[name]
         if got.shape != want.shape:
             raise ValueError(
                 f"{path} does not fit its config: {name} has shape {list(got.shape)}, expected {list(want.shape)}"
             )
-        if model.weights is not None and got.dtype != want.dtype:
+        exact = model.weights is not None or not want.is_floating_point()
+        if got.dtype != want.dtype if exact else got.dtype not in FLOATS:
             raise ValueError(f"{path} does not fit its config: {name} has dtype {got.dtype}, expected {want.dtype}")
         if got.is_floating_point() and not bool(torch.isfinite(got).all()):
             raise ValueError(f"{path}: {name} holds NaN or infinity; training diverged or the file was altered")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .. import state as states
 from ..arguments import texts
-from ..models.generate import Generation, Sampling, generate, new_session, stream_text
+from ..models.generate import Generation, Sampling, generate, stream_text
 from ..tokenizer import Tokenizer
 from .folder import load, load_tokenizer
+from .session import load_session, save_session
 
 
 def continue_text(
@@ -21,18 +21,19 @@ def continue_text(
     stop: str | Sequence[str] = (),
     session: Path | None = None,
     weights: str | None = None,
+    trust_code: bool = False,
 ) -> Iterator[str]:
     """Pieces of text that continue ``prompt``, from the model in ``folder``; the prompt is read before this returns.
 
     ``session`` names a file: where it exists the text goes on from it, and it is written at the end, so
-    that the next call reads nothing twice. ``weights`` is that of ``load``. ``ValueError`` for what ``load`` and
-    ``generate`` refuse.
+    that the next call reads nothing twice. ``weights`` and ``trust_code`` are those of ``load``. ``ValueError``
+    for what ``load`` and ``generate`` refuse.
     """
     stop = texts("stop", stop)
-    model, tokenizer = load(folder, weights=weights), load_tokenizer(folder)
+    model, tokenizer = load(folder, weights=weights, trust_code=trust_code), load_tokenizer(folder)
     before = None
     if session is not None and session.exists():
-        before = states.load(session, new_session(model))
+        before = load_session(session, model)
     ids = tokenizer.encode(prompt)
     if before is None and tokenizer.eos is not None:
         ids = [tokenizer.eos, *ids]  # documents begin with it in training
@@ -47,4 +48,4 @@ def _streamed(
     """The text as it comes; the session is written when it ends."""
     yield from stream_text(tokens, tokenizer, stop, prompt)
     if session is not None:
-        states.save(tokens.session, session)
+        save_session(tokens.session, session, tokens.model)

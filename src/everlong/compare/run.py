@@ -17,7 +17,7 @@ from rich.console import Console
 
 from ..arguments import folder, texts
 from ..checkpoints import folder as folders
-from ..files import atomic_write
+from ..files import atomic_write, read_sealed, sealed
 from ..machine import machine
 from ..models.generate import Sampling, generate
 from ..models.lm import LanguageModel
@@ -135,6 +135,7 @@ class Comparison:
         for model in self.results["models"]:
             model["status"] = self._status(model)
         self.results["complete"] = all(model["status"] == "complete" for model in self.results["models"])
+        self.results = sealed(self.results)
         atomic_write(self.out / RESULTS, json.dumps(self.results, indent=1) + "\n")
 
     def _status(self, model: dict[str, Any]) -> str:
@@ -313,10 +314,12 @@ def _read(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        results = read_sealed(path)
+    except ValueError as error:
         raise ValueError(f"{path} cannot be read as results ({error}); give another folder with --out") from error
-    if not isinstance(results, dict) or results.get("version") != 1 or "run" not in results:
+    models = results.get("models")
+    named = isinstance(models, list) and all(isinstance(m, dict) and isinstance(m.get("name"), str) for m in models)
+    if type(results.get("version")) is not int or results["version"] != 1 or "run" not in results or not named:
         raise ValueError(f"{path} does not hold the results of a comparison; give another folder with --out")
     return results
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..arguments import SHARE
+from ..ops.common import as_complex
 from ..ops.diagonal_scan import diagonal_scan, diagonal_scan_step
 from ..ops.linear import Linear, linear
 from ..shapes import state_dtype
@@ -94,13 +95,13 @@ class LRU(base.Mixer):
 
     def forward(self, x: Tensor, state: Any = None, *, starts: Tensor | None = None) -> tuple[Tensor, State]:
         """x [B T D] -> y [B T D], state."""
-        memory = torch.view_as_complex(self.begin(x, state, starts).memory)
+        memory = as_complex(self.begin(x, state, starts).memory)
         h, memory = diagonal_scan(*self._read_in(x), state=memory, starts=starts)
         return self._finish(h, x), self.State(memory=torch.view_as_real(memory))
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """x [B D] -> y [B D], state."""
-        memory = torch.view_as_complex(self.begin(x, state).memory)
+        memory = as_complex(self.begin(x, state).memory)
         h, memory = diagonal_scan_step(*self._read_in(x), state=memory)
         return self._finish(h, x), self.State(memory=torch.view_as_real(memory))
 

@@ -19,7 +19,7 @@ from ..ops.common import token_positions
 from ..ops.gated_norm import gated_norm
 from ..ops.linear import Linear
 from ..ops.linear_attention import linear_attention, linear_attention_step
-from ..state import state
+from ..state import counted, state
 from . import base
 
 
@@ -41,7 +41,7 @@ class Retention(base.Mixer):
         """What a retention layer keeps."""
 
         memory: Tensor  # [B H K V] fp32
-        position: Tensor  # [B] int64, tokens since the document began
+        position: Tensor = counted()  # [B] int64, tokens since the document began
 
     def __init__(self, cfg: Config, d_model: int, depth: base.Depth = base.Depth()) -> None:
         super().__init__(cfg, d_model, depth)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import suggest
+from ..ops.common import as_complex
 from ..ops.diagonal_ssm import diagonal_ssm, diagonal_ssm_step
 from ..ops.linear import Linear
 from ..shapes import state_dtype
@@ -75,13 +76,13 @@ class S4D(base.Mixer):
 
     def forward(self, x: Tensor, state: Any = None, *, starts: Tensor | None = None) -> tuple[Tensor, State]:
         """x [B T D] -> y [B T D], state."""
-        memory = torch.view_as_complex(self.begin(x, state, starts).memory)
+        memory = as_complex(self.begin(x, state, starts).memory)
         y, memory = diagonal_ssm(x, *self._system(), state=memory, starts=starts)
         return self._finish(y + self.D * x), self.State(memory=torch.view_as_real(memory))
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """x [B D] -> y [B D], state."""
-        memory = torch.view_as_complex(self.begin(x, state).memory)
+        memory = as_complex(self.begin(x, state).memory)
         y, memory = diagonal_ssm_step(x, *self._system(), state=memory)
         return self._finish(y + self.D * x), self.State(memory=torch.view_as_real(memory))
 

@@ -71,6 +71,7 @@ class Decoder:
     def load(self, state: Any) -> None:
         """Take a copy of ``state`` [B rows] as the state to go on from."""
         states.check_like(state, self.model.init_state(0), self.batch)
+        states.check_values(state)
         if self.reason is not None:
             self._state = states.map_leaves(torch.clone, state)
             return

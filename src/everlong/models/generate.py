@@ -114,6 +114,7 @@ class Generation(Iterator[int]):
         tokens = _ids(prompt).to(device)[None]
         if session is not None:
             states.check_like(session, new_session(model, 0), 1, "session")
+            states.check_values(session, "session")
         elif not tokens.numel():
             raise ValueError("the prompt is empty; give at least one token, or a session to go on from")
         self._check(tokens)

@@ -23,6 +23,7 @@ from ..ops.native import waiting
 from ..state import state
 from .blocks import Layer, Norm
 from .packed import PackedEmbedding, PackedLinear
+from .sizes import check_fits
 
 LOSS_LOGITS = 2**24  # logits held at once by the loss
 
@@ -77,17 +78,19 @@ class LanguageModel(nn.Module):
                     there.update(block.writes(depth))
 
         def build(self) -> LanguageModel:
-            """The model, at its initial values."""
+            """The model, at its initial values. ``ValueError``, with the sizes, where memory does not hold it."""
+            check_fits(self)
             return LanguageModel(self)
 
     @state
     class State:
         """What a model keeps of the text it has read."""
 
-        layers: tuple[Any, ...]
-        position: Tensor  # [B] int64, tokens since the start of the row's document
+        layers: tuple[Any, ...] = states.separate()
+        position: Tensor = states.counted()  # [B] int64, tokens since the start of the row's document
 
     weights: str | None = None  # "int8" or "int4" where the model is quantised (see ``quantize``)
+    _fingerprint: tuple[Any, ...] | None = None  # see ``identity``
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -103,6 +106,8 @@ class LanguageModel(nn.Module):
         self.head = None if cfg.tied else Linear(cfg.d_model, cfg.vocab_size, bias=False)
         if self.head is not None:
             nn.init.normal_(self.head.weight, std=0.02)
+
+        self._built = shapes_of(self)  # what the config made: ``save`` compares it with what is there
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         for module in self.modules():  # before anything is converted
@@ -246,6 +251,11 @@ class LanguageModel(nn.Module):
         if hidden is None or state is None:
             raise ValueError("tokens are empty (T = 0); give at least one token")
         return self.logits(hidden[:, -1]), state
+
+
+def shapes_of(module: nn.Module) -> dict[str, torch.Size]:
+    """The shapes of a module's parameters and buffers by name."""
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}
 
 
 def _check_ids(tokens: Tensor) -> None:

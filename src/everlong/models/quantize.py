@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ..mixers import base
 from ..ops.native import MISSING
 from ..ops.native.product import MAX_IN, check_format
-from .lm import LanguageModel
+from .identity import record, recorded
+from .lm import LanguageModel, shapes_of
 from .packed import PackedEmbedding, PackedLinear
 
 LEAST = 64  # narrower maps stay as they are
@@ -62,6 +63,8 @@ def quantized(model: LanguageModel, format: str) -> LanguageModel:
         _replace(made, format, _pack)
     for parameter in made.parameters():
         parameter.requires_grad_(False)
+    if (known := recorded(model)) is not None:
+        record(made, known)  # the same model, in another format
     return made.eval()
 
 
@@ -123,6 +126,7 @@ def _replace(model: LanguageModel, format: str, make: Callable[[Place], PackedLi
     for place in found:
         parent, _, name = place.path.rpartition(".")
         setattr(model.get_submodule(parent), name, make(place))
+    model._built = shapes_of(model)
 
 
 def _pack(place: Place) -> PackedLinear:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..shapes import check_starts, dims, state_dtype
-from ..state import growing, state
+from ..state import counted, growing, state
 from . import dispatch
 from .cases import Case
 from .common import token_positions
@@ -37,7 +37,7 @@ class Cache:
 
     k: Tensor = growing("end")  # [B S G K]
     v: Tensor = growing("end")  # [B S G V]
-    position: Tensor  # [B] int64
+    position: Tensor = counted("k")  # [B] int64
 
 
 @state
@@ -46,7 +46,7 @@ class Ring(Cache):
 
     k: Tensor  # [B S G K]
     v: Tensor  # [B S G V]
-    position: Tensor  # [B] int64
+    position: Tensor = counted()  # [B] int64
 
 
 def empty_cache(k: Tensor, v: Tensor, window: int | None) -> Cache:

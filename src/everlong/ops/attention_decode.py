@@ -20,15 +20,15 @@ from .native import attention as native
 
 def step_native(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, state: Cache) -> tuple[Tensor, Cache]:
     """One call of the kernel, which writes and reads the cache."""
-    most = 0 if isinstance(state, Ring) else int(state.position.max()) + 1
-    keys, values = (with_room(x, most).contiguous() for x in (state.k, state.v))
+    most = _bounds(state)[1] + 1
+    keys, values = (with_room(x, 0 if isinstance(state, Ring) else most).contiguous() for x in (state.k, state.v))
     y = native.decode(q, k, v, keys, values, state.position, q.shape[-1] ** -0.5 if scale is None else scale)
     return y.to(v.dtype), type(state)(keys, values, state.position + 1)
 
 
 def step_torch(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, state: Cache) -> tuple[Tensor, Cache]:
     """scaled_dot_product_attention, with a mask where rows stand at different positions."""
-    fewest, most = (int(bound) + 1 for bound in state.position.aminmax())
+    fewest, most = (bound + 1 for bound in _bounds(state))
     keys, values = (with_room(x, 0 if isinstance(state, Ring) else most) for x in (state.k, state.v))
     at = torch.arange(len(q), device=q.device), state.position % keys.shape[1]
     keys[at], values[at] = k.to(keys.dtype), v.to(values.dtype)
@@ -38,6 +38,18 @@ def step_torch(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, state: C
         seen = (torch.arange(filled, device=q.device) < position[:, None])[:, None, None]
     y = sdpa(q[:, None], keys[:, :filled], values[:, :filled], seen, scale)
     return y[:, 0].to(v.dtype), type(state)(keys, values, position)
+
+
+def _bounds(state: Cache) -> tuple[int, int]:
+    """The least and the largest position. ``ValueError`` where one points outside of the slots."""
+    fewest, most = (int(bound) for bound in state.position.aminmax())
+    slots = state.k.shape[1]
+    if fewest < 0 or (most > slots and not isinstance(state, Ring)) or state.v.shape[1] != slots:
+        raise ValueError(
+            f"state.position runs from {fewest} to {most}, with {slots} keys and {state.v.shape[1]} values held; "
+            "no call makes such a state: begin with init_state(batch), or read the text again"
+        )
+    return fewest, most
 
 
 def with_room(x: Tensor, slots: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +11,10 @@ import torch
 
 from .. import arguments, config
 from ..checkpoints import folder as folders
-from ..files import atomic_write
+from ..files import atomic_write, read_json
 from ..models.blocks import FeedForward, Layer, SwiGLU
 from ..models.lm import LanguageModel
+from ..models.sizes import check_training
 from ..tokenizer import open_tokenizer
 from . import checkpoint
 from .data import Corpus, default_paths
@@ -61,30 +61,26 @@ def simple_model(mixer: str, d_model: int, layers: int, vocab_size: int) -> Lang
     return LanguageModel.Config(vocab_size=vocab_size, d_model=d_model, layers=(layer,) * layers)
 
 
-def read_model_config(path: str | Path) -> LanguageModel.Config:
-    """A model's configuration from a JSON file: the bare one, or the ``config.json`` of a saved model."""
+def read_model_config(path: str | Path, *, trust_code: bool = False) -> LanguageModel.Config:
+    """A model's configuration from a JSON file: the bare one, or the ``config.json`` of a saved model.
+
+    ``trust_code`` as in ``everlong.load``.
+    """
     path = Path(path)
     if path.is_dir():
         path = path / folders.CONFIG
-    data = _read_json(path)
-    return LanguageModel.Config.from_dict(data.get("model", data) if isinstance(data, dict) else data)
+    data = read_json(path)
+    with config.reading(path, trust_code=trust_code):
+        return LanguageModel.Config.from_dict(data.get("model", data) if isinstance(data, dict) else data)
 
 
-def read_job(folder: str | Path) -> Job:
-    """The job of a folder that ``train`` began; ``ValueError`` where there is none."""
+def read_job(folder: str | Path, *, trust_code: bool = False) -> Job:
+    """The job of a folder that ``train`` began; ``ValueError`` where there is none. ``trust_code`` as in ``load``."""
     path = Path(folder) / JOB
     if not path.is_file():
         raise ValueError(f"no training run in {folder} ({JOB} is missing); give the --out folder of `everlong train`")
-    return Job.from_dict(_read_json(path))
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from error
+    with config.reading(path, trust_code=trust_code):
+        return Job.from_dict(read_json(path))
 
 
 def train(
@@ -100,9 +96,11 @@ def train(
     Same job, same folder: it goes on from the last checkpoint. Errors are those of ``Corpus.from_paths`` and
     ``Trainer.run``. ``device`` "auto" is the GPU where there is one.
     """
-    folder = arguments.folder(folder)
+    folder, cfg = arguments.folder(folder), job.train
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        check_training(job.model, cfg.batch // cfg.accumulate, cfg.batch, cfg.context)
     tokenizer = open_tokenizer(job.tokenizer)
     corpus = Corpus.from_paths(job.paths or default_paths(), tokenizer)
     corpus.windows(job.train.context)

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from ..config import needs_trust
 from . import job as jobs
 from .loop import Progress, Stopped, Trainer
 
@@ -20,7 +21,7 @@ SMOOTH = 0.95  # weight of the past in the numbers shown
 
 def refuse_other_options(context: typer.Context, chosen: str, *excluded: str) -> None:
     """``ValueError`` where an option was typed that ``chosen`` leaves without effect (none named: any other)."""
-    for name in excluded or tuple(context.params):
+    for name in excluded or tuple(name for name in context.params if name != "trust_code"):
         source = context.get_parameter_source(name)
         if name != chosen and source is not None and source.name == "COMMANDLINE":
             typed = "paths" if name == "paths" else f"--{name.replace('_', '-')}"
@@ -71,7 +72,7 @@ def _introduce(console: Console, trainer: Trainer) -> None:
 def train(job: jobs.Job, folder: Path, device: str = "auto") -> jobs.Result:
     """``job.train`` with a bar; Ctrl-C says how to go on and ends with status 130."""
     console = Console(highlight=False)
-    display = _Display(console)
+    display, flag = _Display(console), " --trust-code" if needs_trust(job.model) else ""
 
     def ready(trainer: Trainer) -> None:
         _introduce(console, trainer)
@@ -84,7 +85,7 @@ def train(job: jobs.Job, folder: Path, device: str = "auto") -> jobs.Result:
     except Stopped as stopped:
         display.bar.stop()
         console.print(f"[yellow]{escape(str(stopped))}[/]", soft_wrap=True)
-        console.print(f"Go on with:  everlong train --resume {_quoted(folder)}", soft_wrap=True)
+        console.print(f"Go on with:  everlong train --resume {_quoted(folder)}{flag}", soft_wrap=True)
         raise typer.Exit(130) from None
     finally:
         if display.bar.live.is_started:
@@ -95,7 +96,8 @@ def train(job: jobs.Job, folder: Path, device: str = "auto") -> jobs.Result:
         f"(loss {result.loss:.3f} nats per token)"
     )
     console.print(
-        f"Continue a text:  everlong generate {_quoted(folder)} {escape(shlex.quote(result.opening))}", soft_wrap=True
+        f"Continue a text:  everlong generate {_quoted(folder)}{flag} {escape(shlex.quote(result.opening))}",
+        soft_wrap=True,
     )
     return result
 
