@@ -8,6 +8,7 @@ The libraries use the OpenMP runtime that PyTorch has already loaded, so that on
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import re
 import sys
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..record import recording
+from .signatures import table
 
 BUILDS = ("avx512bf16", "avx512", "avx2", "portable")
 FOLDER = Path(__file__).parent
@@ -111,24 +113,41 @@ def threads_for(work: int) -> int:
     return max(1, min(torch.get_num_threads(), work >> 14))
 
 
+_FAILURES = {  # what an entry point returns, as in memory.h
+    1: lambda name: MemoryError(f"{name} found no memory to work in; make the batch or the model smaller"),
+    2: lambda name: ValueError(f"{name}: a position below 0, or a cache without slots"),
+}
+
+
 def call(name: str, *args: Tensor | float | None) -> None:
-    """Call a kernel: tensors as pointers (they must be contiguous), None as null, numbers as int64 or double."""
-    assert not isinstance(_LIBRARY, str), _LIBRARY
-    getattr(_LIBRARY, name)(*(_plain(x) for x in args))
+    """Call a kernel of ``signatures.py``: tensors as pointers, None as null, numbers as int64 or double.
+
+    ``ValueError`` for a tensor that is not what the kernel expects there: its dtype, its device, how many numbers it
+    holds and how they lie. ``MemoryError`` where the kernel found no memory to work in.
+    """
+    signature = table()[name]
+    plain = signature.check(args)
+    function = _function(name, _LIBRARY)
+    if function.argtypes is None:
+        function.argtypes, function.restype = signature.types, ctypes.c_int64
+    status = function(*plain)
+    if status:
+        raise _FAILURES[status](name)
 
 
 def count(name: str, *args: int) -> int:
-    """Call an entry point that returns an int64."""
-    assert not isinstance(_LIBRARY, str), _LIBRARY
-    function = getattr(_LIBRARY, name)
-    function.restype = ctypes.c_int64
-    return int(function(*(ctypes.c_int64(x) for x in args)))
+    """Call an entry point that returns an int64 which depends on the arguments alone."""
+    return _counted(_LIBRARY, name, *args)
 
 
-def _plain(x: Tensor | float | None) -> Any:
-    if isinstance(x, Tensor):
-        assert x.is_contiguous()
-        return ctypes.c_void_p(x.data_ptr())
-    if isinstance(x, float):
-        return ctypes.c_double(x)
-    return ctypes.c_void_p(None) if x is None else ctypes.c_int64(x)
+@functools.lru_cache(4096)
+def _counted(library: ctypes.CDLL | str, name: str, *args: int) -> int:
+    function = _function(name, library)
+    function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_int64] * len(args)
+    return int(function(*args))
+
+
+def _function(name: str, library: ctypes.CDLL | str) -> Any:
+    if isinstance(library, str):
+        raise RuntimeError(f"{name} was called without kernels: {library}")
+    return getattr(library, name)

@@ -51,7 +51,7 @@ def _layout(x: Tensor, z: Tensor | None, group: int) -> tuple[Any, ...]:
 def _call_gate(name: str, x: Tensor, z: Tensor, act: int, *outputs: Tensor) -> None:
     *sizes, a, step, b, z_step = _layout(x, z, 1)
     halves, threads = (_is_half(x), _is_half(z)), threads_for(x.numel())
-    call(name, *halves, act, *sizes, a.data_ptr(), step, b.data_ptr(), z_step, *outputs, threads)
+    call(name, *halves, act, *sizes, a, step, b, z_step, *outputs, threads)
 
 
 @torch.library.custom_op("everlong::gate_native", mutates_args=(), device_types="cpu")
@@ -102,8 +102,8 @@ def _call_norm(name: str, inputs: tuple[Any, ...], y_half: int, *outputs: Tensor
     x, z, weight, bias, eps, center, order = inputs
     period = x.shape[-1] if weight is None else weight.numel()
     *sizes, a, step, b, z_step = _layout(x, z, period // max(1, x.shape[-1]))
-    flags, at = (_is_half(x), y_half, order, int(center), eps), None if b is None else b.data_ptr()
-    call(name, *flags, period, *sizes, a.data_ptr(), step, at, z_step, weight, bias, *outputs)
+    flags = (_is_half(x), y_half, order, int(center), eps)
+    call(name, *flags, period, *sizes, a, step, b, z_step, weight, bias, *outputs)
 
 
 @torch.library.custom_op("everlong::norm_native", mutates_args=(), device_types="cpu")

@@ -203,8 +203,8 @@ def product(x: Tensor, packed: Packed) -> Tensor:
 def _multiply(x: Tensor, weight: Tensor, scale: Tensor | None, out: int) -> Tensor:
     rows, width = x.shape
     kind = Packed(weight, scale, out, width).kind
-    y = x.new_empty(rows, out)
-    scratch = torch.empty(count("ev_product_scratch", kind, out, width, min(rows, MAX_ROWS)), dtype=torch.uint8)
+    y, row = x.new_empty(rows, out), count("ev_product_scratch", kind, out, width, 1)
+    scratch = torch.empty(row * min(rows, MAX_ROWS), dtype=torch.uint8, device="cpu")
     pieces = [(x, y)] if rows <= MAX_ROWS else zip(x.split(MAX_ROWS), y.split(MAX_ROWS), strict=True)
     for part, into in pieces:
         call(
@@ -216,7 +216,7 @@ def _multiply(x: Tensor, weight: Tensor, scale: Tensor | None, out: int) -> Tens
             scale,
             len(part),
             part,
-            scratch,
+            scratch if len(part) * row == len(scratch) else scratch[: len(part) * row],
             into,
             torch.get_num_threads(),
         )

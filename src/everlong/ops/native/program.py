@@ -100,7 +100,8 @@ class Program:
 
     def finish(self) -> None:
         """Give every buffer its place and encode the list."""
-        self.arena = torch.zeros(_lay_out(self._buffers()))
+        self.arena = torch.zeros(_lay_out(self._buffers()), dtype=torch.float32, device="cpu")
+        self.rows = max((int(i.size[0]) for i in self.instructions if i.name == "embed"), default=0)  # token ids read
         self.encoded = (_CInstruction * len(self.instructions))()
         for line, instruction in zip(self.encoded, self.instructions, strict=True):
             self._encode(line, instruction)
@@ -149,6 +150,7 @@ class Program:
             ctypes.addressof(self.encoded) + begin * size,
             end - begin,
             tokens,
+            self.rows or tokens.numel(),
             torch.get_num_threads(),
         )
 

@@ -19,7 +19,7 @@ def _call(name: str, inputs: tuple[Any, ...], *outputs: Tensor | int) -> None:
     (a, *r_steps), (b, *i_steps) = _heads(r), _heads(i)
     sizes = (int(x.dtype == torch.bfloat16), first.numel(), *r.shape[-2:])
     fixed = (r_bias, i_bias, decay, first)
-    call(name, *sizes, x, a.data_ptr(), *r_steps, b.data_ptr(), *i_steps, *fixed, *outputs)
+    call(name, *sizes, x, a, *r_steps, b, *i_steps, *fixed, *outputs)
 
 
 def _heads(x: Tensor) -> tuple[Tensor, int, int]:

@@ -31,7 +31,7 @@ def _call(name: str, inputs: tuple[Any, ...], *outputs: Any) -> None:
     bias = taps.new_zeros(x.shape[2]) if bias is None else bias
     half = int(x.dtype == torch.bfloat16)
     sizes = (*x.shape, weight.shape[1])
-    call(name, half, int(silu), *sizes, x.data_ptr(), *x.stride()[:2], state, taps, bias, starts, *outputs)
+    call(name, half, int(silu), *sizes, x, *x.stride()[:2], state, taps, bias, starts, *outputs)
 
 
 @_forward.register_fake
