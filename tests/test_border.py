@@ -191,11 +191,11 @@ for name in sys.argv[1:]:
         libc.free(block)
     print(name, status, flush=True)
 """
-WORKING = (  # what asks for memory in a parallel region
-    "ev_attention_decode ev_delta_rule ev_delta_rule_backward ev_diagonal_scan ev_diagonal_scan_backward"
-    " ev_linear_attention ev_linear_attention_backward ev_norm ev_norm_backward ev_selective_scan_backward"
-    " ev_short_conv ev_short_conv_backward"
-).split()
+WORKING = [  # what asks for memory in a parallel region
+    *("ev_attention_decode", "ev_delta_rule", "ev_delta_rule_backward", "ev_diagonal_scan"),
+    *("ev_diagonal_scan_backward", "ev_linear_attention", "ev_linear_attention_backward", "ev_norm"),
+    *("ev_norm_backward", "ev_selective_scan_backward", "ev_short_conv", "ev_short_conv_backward"),
+]
 
 
 @needs_kernels
