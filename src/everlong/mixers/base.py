@@ -144,7 +144,7 @@ class Mixer(nn.Module):
         parameter = next(self.parameters(), None)
         if parameter is not None:
             return parameter
-        return torch.empty(0, device=next(self.buffers()).device)
+        return torch.empty(0, dtype=torch.float32, device=next(self.buffers()).device)
 
     def mixing(self, x: Tensor) -> Mixing:
         """The token mixing of ``forward(x)`` from an empty state, taken apart (see ``Mixing``).

@@ -140,9 +140,9 @@ class Decoder:
         self._parts: list[Part] = []
         self._memory: dict[Where, Any] = {}
         self._python: dict[Where, Any] = {}
-        self._position = torch.zeros(self.batch, dtype=torch.long)
+        self._position = torch.zeros(self.batch, dtype=torch.long, device="cpu")
         to, side = Lowering(self.program), {}  # type: ignore[var-annotated]
-        tokens = torch.zeros(self.batch, dtype=torch.long)
+        tokens = torch.zeros(self.batch, dtype=torch.long, device="cpu")
         to.bind(tokens, TOKENS)
         with Recorder() as record:
             x = self.model.embed(tokens)
@@ -184,7 +184,7 @@ class Decoder:
         self, to: Lowering, where: Where, block: Any, norm: Any, x: Tensor, side: dict[str, Tensor]
     ) -> Tensor:
         before = block.init_state(self.batch)
-        memory = states.map_leaves(lambda leaf: torch.zeros(leaf.shape), before)
+        memory = states.map_leaves(lambda leaf: torch.zeros(leaf.shape, dtype=torch.float32, device="cpu"), before)
         pairs = list(zip(states.leaves(before), states.leaves(memory), strict=True))
         for (name, leaf, _), (_, mine, _) in pairs:
             if not leaf.is_contiguous() or not (leaf.is_floating_point() or leaf.dtype == torch.bool):

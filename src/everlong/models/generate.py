@@ -70,7 +70,7 @@ def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
         logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], float("-inf"))
     if sampling.min_p > 0:
         odds = logits - logits.max()
-        logits = logits.masked_fill(odds < torch.tensor(sampling.min_p).log(), float("-inf"))
+        logits = logits.masked_fill(odds < math.log(sampling.min_p), float("-inf"))
     if sampling.top_p < 1:
         ordered, order = logits.softmax(-1).sort(descending=True)
         before = ordered.cumsum(-1) - ordered
@@ -169,7 +169,7 @@ def _ids(prompt: Sequence[int]) -> Tensor:
     """The prompt as int64 [T]. ``ValueError`` for text, several rows, and numbers that are no ids."""
     if isinstance(prompt, str):
         raise ValueError("the prompt is text, expected token ids; encode it: tokenizer.encode(prompt)")
-    ids = prompt if isinstance(prompt, Tensor) else torch.as_tensor(list(prompt))
+    ids = prompt if isinstance(prompt, Tensor) else torch.as_tensor(list(prompt), device="cpu")
     if ids.dim() != 1 or (ids.numel() and (ids.is_floating_point() or ids.dtype == torch.bool)):
         raise ValueError(f"the prompt has shape {list(ids.shape)} and dtype {ids.dtype}, expected a list of token ids")
     return ids.to(torch.int64)

@@ -49,7 +49,9 @@ class Lowering:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.zero = Ref(Buffer(1, torch.zeros(1)))  # the imaginary part of what is real
+        self.zero = Ref(
+            Buffer(1, torch.zeros(1, dtype=torch.float32, device="cpu"))
+        )  # the imaginary part of what is real
         self.places: dict[int, Buffer] = {}
         self.alive: list[Any] = []  # recorded tensors, so that no address is used twice
         self.stale: set[int] = set()  # values whose memory an in-place step has taken over
@@ -110,7 +112,8 @@ class Lowering:
     def parts(self, value: Any, shape: Sequence[int]) -> tuple[Ref, Ref]:
         """The real and the imaginary part of ``value``, broadcast to ``shape``; complex numbers lie as pairs."""
         if not isinstance(value, Tensor):
-            value = torch.tensor(value)
+            wide = torch.complex64 if isinstance(value, complex) else torch.float32
+            value = torch.tensor(value, dtype=wide, device="cpu")
         if not value.is_complex():
             real = self.ref(value.expand(shape)) if self.known(value) else self.repeat(value, shape)
             return real, self.zero._replace(strides=(0,) * len(shape))
@@ -179,7 +182,9 @@ class Lowering:
 
     def elementwise(self, name: str, out: Tensor, *inputs: Any, scalars: Sequence[float] = ()) -> None:
         """``out = name(inputs)``, broadcast; numbers may stand for tensors."""
-        tensors = [x if isinstance(x, Tensor) else torch.tensor(float(x)) for x in inputs]
+        tensors = [
+            x if isinstance(x, Tensor) else torch.tensor(float(x), dtype=torch.float32, device="cpu") for x in inputs
+        ]
         refs = [self.ref(x.expand(out.shape)) if self.known(x) else self.repeat(x, out.shape) for x in tensors]
         self.map(name, out.shape, self.new(out), refs, scalars)
 

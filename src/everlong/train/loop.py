@@ -219,7 +219,7 @@ class Trainer:
         if starts is not None and not bool(batch.starts[:, 1:].any()):  # type: ignore[index]
             starts = None  # rows begin with an empty state anyway
         count = (targets != -100).sum().clamp_min(1)
-        total, rows = torch.zeros((), device=self.device), len(tokens) // self.cfg.accumulate
+        total, rows = torch.zeros((), dtype=torch.float32, device=self.device), len(tokens) // self.cfg.accumulate
         for at in range(0, len(tokens), rows):
             part = slice(at, at + rows)
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.cfg.bf16):

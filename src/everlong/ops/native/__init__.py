@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import os
 import re
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...config import suggest
 from ..record import recording
 from .signatures import table
 
@@ -31,16 +33,62 @@ def _load() -> tuple[ctypes.CDLL | str, str | None]:
     wanted = os.environ.get("EVERLONG_NATIVE")
     if wanted == "off":
         return "switched off by EVERLONG_NATIVE=off", None
-    if wanted and wanted not in BUILDS:
-        return f"EVERLONG_NATIVE={wanted} names no build ({', '.join(BUILDS)}, off)", None
-    for build in [wanted] if wanted else supported():
-        path = FOLDER / f"_{build}.so"
-        if path.exists():
-            _share_openmp()
-            return ctypes.CDLL(str(path)), build
-    missing = "no kernels were built; install with a C++ compiler (g++ or clang++) present"
-    warnings.warn(f"everlong runs on its PyTorch forms, which are slower: {missing}, or from a wheel", stacklevel=2)
-    return missing, None
+    build = next((build for build in supported() if _path(build).exists()), None)
+    if wanted:
+        build = _named(wanted)
+    if build is None:
+        missing = f"no kernels were built{_why(BUILDS[-1])}; install with a C++ compiler (g++ or clang++) present"
+        warnings.warn(f"everlong runs on its PyTorch forms, which are slower: {missing}, or from a wheel", stacklevel=2)
+        return missing, None
+    _share_openmp()
+    library = ctypes.CDLL(str(_path(build)))
+    if stale(library):
+        warnings.warn(
+            f"the kernels ({_path(build).name}) were built from other sources than those beside them; "
+            "build them again: make kernels, or pip install --editable .",
+            stacklevel=2,
+        )
+    return library, build
+
+
+def _path(build: str) -> Path:
+    return FOLDER / f"_{build}.so"
+
+
+def _why(build: str) -> str:
+    """The reason that setup.py noted when this build failed."""
+    try:
+        return f" ({_path(build).with_suffix('.txt').read_text(encoding='utf-8').strip()})"
+    except OSError:
+        return ""
+
+
+def _named(wanted: str) -> str:
+    """The build that EVERLONG_NATIVE names; ``ValueError`` where there is none, or not for this machine."""
+    runs = [build for build in supported() if _path(build).exists()]
+    here = f"expected one of: {', '.join([*runs, 'off'])}"
+    if wanted not in BUILDS:
+        raise ValueError(f"EVERLONG_NATIVE={wanted} names no build; {here}{suggest(wanted, BUILDS)}")
+    if wanted not in supported():
+        raise ValueError(f"EVERLONG_NATIVE={wanted} needs instructions that this processor does not have; {here}")
+    if wanted not in runs:
+        raise ValueError(f"EVERLONG_NATIVE={wanted}: {_path(wanted).name} was not built{_why(wanted)}; {here}")
+    return wanted
+
+
+def stale(library: ctypes.CDLL) -> bool:
+    """Whether ``library`` was built from other sources than those that lie beside it; no where there are none."""
+    paths = sorted([*FOLDER.glob("*.cpp"), *FOLDER.glob("*.h")])
+    if not paths:
+        return False
+    whole = hashlib.sha256()
+    for path in paths:
+        whole.update(path.name.encode() + b"\0" + path.read_bytes())
+    function = getattr(library, "ev_sources", None)
+    if function is None:
+        return True
+    function.restype = ctypes.c_char_p
+    return bool(function() != whole.hexdigest()[:16].encode())
 
 
 def supported() -> list[str]:

@@ -32,7 +32,7 @@ def _is_half(x: Tensor) -> int:
 
 
 def _empty(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype)
+    return x.new_empty(x.shape)
 
 
 def _layout(x: Tensor, z: Tensor | None, group: int) -> tuple[Any, ...]:
@@ -118,7 +118,7 @@ def _norm(
     half: bool,
 ) -> Tensor:
     """y in bf16 with ``half``, else in fp32; z in the dtype of x, weight and bias [period] in fp32."""
-    y = torch.empty(x.shape, dtype=torch.bfloat16 if half else torch.float32)
+    y = x.new_empty(x.shape, dtype=torch.bfloat16 if half else torch.float32)
     _call_norm("ev_norm", (x, z, weight, bias, eps, center, order), int(half), y, threads_for(x.numel()))
     return y
 
@@ -137,7 +137,7 @@ def _norm_backward(
     """Gradients of x, z (in their dtype), weight and bias (fp32)."""
     gx, gz = _empty(x), _empty(x[:0] if z is None else z)
     period, groups = x.shape[-1] if weight is None else weight.numel(), threads_for(x.numel())
-    gw, gb = (torch.empty(groups, period) for _ in range(2))
+    gw, gb = (x.new_empty(groups, period, dtype=torch.float32) for _ in range(2))
     inputs = (x, z, weight, bias, eps, center, order)
     _call_norm("ev_norm_backward", inputs, _is_half(gy), gy.contiguous(), gx, gz, gw, gb, groups)
     return [gx, gz, gw.sum(0), gb.sum(0)]

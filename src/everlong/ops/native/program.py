@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import call
+from . import call, count
 
 ALIGN = 16  # floats between the beginnings of two buffers
 ONE = ["copy", "neg", "abs", "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "reciprocal", "sigmoid", "silu", "tanh"]
@@ -100,6 +100,8 @@ class Program:
 
     def finish(self) -> None:
         """Give every buffer its place and encode the list."""
+        if count("ev_program_instruction_bytes") != ctypes.sizeof(_CInstruction):
+            raise RuntimeError("the kernels know another form of instructions; build them again: make kernels")
         self.arena = torch.zeros(_lay_out(self._buffers()), dtype=torch.float32, device="cpu")
         self.rows = max((int(i.size[0]) for i in self.instructions if i.name == "embed"), default=0)  # token ids read
         self.encoded = (_CInstruction * len(self.instructions))()
