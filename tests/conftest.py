@@ -19,6 +19,25 @@ SLOW = (
 )
 
 
+DEFAULTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--default-dtype", choices=DEFAULTS, default="float32", help="PyTorch's default in every test")
+
+
+@pytest.fixture(autouse=True)
+def _default_dtype(request):
+    """What the library computes must not depend on the default: `make dtypes` runs the fast tests under each."""
+    reason = request.node.get_closest_marker("float32")
+    name = request.config.getoption("--default-dtype")
+    if reason is not None and name != "float32":
+        pytest.skip(reason.args[0])
+    torch.set_default_dtype(DEFAULTS[name])
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 def pytest_collection_modifyitems(items):
     """`make check` leaves out what takes longest: official code, whole models, kernels, every op on every case."""
     for item in items:

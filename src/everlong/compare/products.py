@@ -49,7 +49,7 @@ def measure(weight: Tensor, name: str) -> str:
         copies.append(one._replace(weight=one.weight.clone(), scale=scale))
     times = []
     for rows in ROWS:
-        x = torch.randn(rows, weight.shape[1])
+        x = torch.randn(rows, weight.shape[1], dtype=torch.float32)
         if name.startswith("torch"):
             x = x.to(one.weight.dtype)
             times.append(fastest(lambda i, x=x: F.linear(x, copies[i % len(copies)].weight)))  # type: ignore[misc]
@@ -69,7 +69,7 @@ def main() -> None:
     print(f"| matrix | weights | us for 1 row | GB/s | {' | '.join(f'throughput of {n} rows' for n in ROWS[1:])} |")
     print("|---" * (4 + len(ROWS) - 1) + "|")
     for shape in SHAPES:
-        weight = torch.randn(shape)
+        weight = torch.randn(shape, dtype=torch.float32)
         for name in ("torch fp32", "torch bf16", *FORMATS):
             print(measure(weight, name), flush=True)
 

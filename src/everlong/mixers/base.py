@@ -198,7 +198,8 @@ class Mixer(nn.Module):
         for name, parameter in self.named_parameters():
             if not listed(name, self.full_precision):
                 return parameter
-        return torch.empty(0, device=next(itertools.chain(self.buffers(), self.parameters())).device)
+        device = next(itertools.chain(self.buffers(), self.parameters())).device
+        return torch.empty(0, dtype=torch.float32, device=device)
 
     def mixing(self, x: Tensor) -> Mixing:
         """The token mixing of ``forward(x)`` from an empty state, taken apart (see ``Mixing``).

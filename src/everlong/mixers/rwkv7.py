@@ -43,7 +43,7 @@ class LoRA(nn.Module):
         super().__init__()
         self.act = act
         self.down = nn.Parameter(torch.zeros(d_model, rank))
-        self.up = nn.Parameter(nn.init.orthogonal_(torch.zeros(rank, d_model), gain=0.1))
+        self.up = nn.Parameter(_orthogonal(rank, d_model))
         self.bias = None if bias is None else nn.Parameter(bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -210,6 +210,12 @@ def _same(x: Tensor) -> Tensor:
 def _rank(factor: float, width: int) -> int:
     """The official rank of a LoRA: ``factor * sqrt(D)`` to the nearest multiple of 32."""
     return max(32, round(factor * width**0.5 / 32) * 32)
+
+
+def _orthogonal(rank: int, width: int) -> Tensor:
+    """Rows [rank D] at right angles, of size 0.1; made in fp32, as PyTorch factors nothing narrower."""
+    wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
+    return nn.init.orthogonal_(torch.zeros(rank, width, dtype=wide), gain=0.1).to(torch.get_default_dtype())
 
 
 def _ramp(width: int) -> Tensor:

@@ -53,9 +53,9 @@ class S4D(base.Mixer):
         poles, size = initial_poles(cfg.init, cfg.d_state)
         low, high = math.log(cfg.dt_min), math.log(cfg.dt_max)
         self.log_dt = nn.Parameter(torch.rand(d_model) * (high - low) + low)
-        self.log_A_real = nn.Parameter((-poles.real).log().float().repeat(d_model, 1))
-        self.A_imag = nn.Parameter(poles.imag.float().repeat(d_model, 1))
-        self.C = nn.Parameter(torch.randn(d_model, half, 2) * (size.float()[:, None] / math.sqrt(2)))
+        self.log_A_real = nn.Parameter((-poles.real).log().to(self.log_dt.dtype).repeat(d_model, 1))
+        self.A_imag = nn.Parameter(poles.imag.to(self.log_dt.dtype).repeat(d_model, 1))
+        self.C = nn.Parameter(torch.randn(d_model, half, 2) * (size.to(self.log_dt.dtype)[:, None] / math.sqrt(2)))
         self.D = nn.Parameter(torch.randn(d_model))
         self.out_proj = Linear(d_model, 2 * d_model)
 

@@ -6,6 +6,7 @@ logits) is a value: save it, fork it, give it back to go on without reading anyt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -75,7 +76,7 @@ def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
         logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], float("-inf"))
     if sampling.min_p > 0:
         odds = logits - logits.max()
-        logits = logits.masked_fill(odds < torch.tensor(sampling.min_p).log(), float("-inf"))
+        logits = logits.masked_fill(odds < math.log(sampling.min_p), float("-inf"))
     if sampling.top_p < 1:
         ordered, order = logits.softmax(-1).sort(descending=True)
         before = ordered.cumsum(-1) - ordered
@@ -173,7 +174,7 @@ def _ids(prompt: Sequence[int]) -> Tensor:
     if isinstance(prompt, str):
         raise ValueError("the prompt is text, expected token ids; encode it: tokenizer.encode(prompt)")
     try:
-        found = prompt if isinstance(prompt, Tensor) else torch.as_tensor(list(prompt))
+        found = prompt if isinstance(prompt, Tensor) else torch.as_tensor(list(prompt), device="cpu")
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ValueError(f"the prompt is {type(prompt).__name__}, expected a list of token ids ({error})") from error
     if found.dim() != 1 or (found.numel() and found.dtype not in IDS):

@@ -40,7 +40,8 @@ class Lowering:
 
     def __init__(self, program: Program, rules: Rules, dtypes: set[torch.dtype], tokens: Tensor) -> None:
         self.program, self.rules, self.dtypes = program, rules, dtypes  # dtypes: of values that depend on the token
-        self.zero = Ref(Buffer(1, torch.zeros(1, dtype=torch.float32)))  # the imaginary part of what is real
+        zero = torch.zeros(1, dtype=torch.float32, device="cpu")
+        self.zero = Ref(Buffer(1, zero))  # the imaginary part of what is real
         self.states: set[int] = set()  # ids of the buffers of the states of the block at hand
         self.places: dict[int, Buffer] = {}
         self.alive: list[Any] = []  # recorded tensors, so that no address is used twice
@@ -129,7 +130,8 @@ class Lowering:
     def parts(self, value: Any, shape: Sequence[int]) -> tuple[Ref, Ref]:
         """The real and the imaginary part of ``value``, broadcast to ``shape``; complex numbers lie as pairs."""
         if not isinstance(value, Tensor):
-            value = torch.tensor(value, dtype=torch.complex64 if isinstance(value, complex) else torch.float32)
+            wide = torch.complex64 if isinstance(value, complex) else torch.float32
+            value = torch.tensor(value, dtype=wide, device="cpu")
         if not value.is_complex():
             real = self.ref(value.expand(shape)) if self.known(value) else self.repeat(value, shape)
             return real, self.zero._replace(strides=(0,) * len(shape))
@@ -202,7 +204,9 @@ class Lowering:
     def elementwise(self, name: str, out: Tensor, *inputs: Any, scalars: Sequence[float] = ()) -> None:
         """``out = name(inputs)``, broadcast; numbers may stand for tensors."""
         guards.truths(name, out, inputs, TRUTHS)
-        tensors = [x if isinstance(x, Tensor) else torch.tensor(float(x), dtype=torch.float32) for x in inputs]
+        tensors = [
+            x if isinstance(x, Tensor) else torch.tensor(float(x), dtype=torch.float32, device="cpu") for x in inputs
+        ]
         refs = [self.ref(x.expand(out.shape)) if self.known(x) else self.repeat(x, out.shape) for x in tensors]
         self.map(name, out.shape, self.new(out), refs, scalars)
 

@@ -29,8 +29,8 @@ class PackedLinear(nn.Module):
         weight, scale, *_ = empty(out - kept, width, format)
         self.register_buffer("packed", weight)
         self.register_buffer("scale", scale)
-        self.register_buffer("kept_weight", torch.empty(kept, width) if kept else None)
-        self.register_buffer("bias", torch.empty(out) if bias else None)
+        self.register_buffer("kept_weight", torch.empty(kept, width, dtype=torch.float32) if kept else None)
+        self.register_buffer("bias", torch.empty(out, dtype=torch.float32) if bias else None)
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None, format: str, kept: int = 0) -> PackedLinear:
@@ -75,7 +75,7 @@ class PackedLinear(nn.Module):
 
     def check_move(self, move: Callable[[Tensor], Tensor]) -> None:
         """``ValueError`` where ``move`` (that of ``.to``) would change the dtype of what is fp32."""
-        dtype = move(torch.empty(0, device=self.packed.device)).dtype
+        dtype = move(torch.empty(0, dtype=torch.float32, device=self.packed.device)).dtype
         if dtype != torch.float32:
             raise ValueError(
                 f"the weights are {self.format}, so the rest of the model stays in float32 and cannot become "

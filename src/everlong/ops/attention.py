@@ -126,16 +126,16 @@ def attention_reference(
 def _play(position: int, slots: int, window: int | None, begins: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """One row: which keys each token sees ``[T S+T]``, which the slots hold in the end (or -1), and the position."""
     size = slots + len(begins) if window is None else window
-    held = torch.full((size,), -1)
-    held[: min(position, slots)] = torch.arange(min(position, slots))
-    seen = torch.zeros(len(begins), slots + len(begins), dtype=torch.bool)
+    held = torch.full((size,), -1, device="cpu")
+    held[: min(position, slots)] = torch.arange(min(position, slots), device="cpu")
+    seen = torch.zeros(len(begins), slots + len(begins), dtype=torch.bool, device="cpu")
     for t, starts in enumerate(begins):
         if starts:
             held[:], position = -1, 0
         held[position % size] = slots + t
         position += 1
         seen[t, held[held >= 0]] = True
-    return seen, held, torch.tensor(position)
+    return seen, held, torch.tensor(position, device="cpu")
 
 
 def attention_chunk(

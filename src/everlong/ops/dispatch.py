@@ -16,6 +16,8 @@ from ..config import suggest
 from .quarantine import isolated
 from .transforms import when_transforming
 
+_ENVIRONMENT = getattr(os.environ, "_data", os.environ)  # what os.environ asks: a look at it costs a hundredth
+_BACKEND = os.environ.encodekey("EVERLONG_BACKEND") if hasattr(os.environ, "encodekey") else "EVERLONG_BACKEND"
 FEW = 1 << 14  # numbers that one pass takes about as long for as a choice and a call of a kernel
 
 
@@ -77,7 +79,7 @@ def few(x: torch.Tensor, backend: str | None) -> bool:
 
     The native rows of such ops refuse the same inputs, so ``explain`` names the form that runs.
     """
-    return backend is None and x.numel() < FEW and "EVERLONG_BACKEND" not in os.environ
+    return backend is None and x.numel() < FEW and _BACKEND not in _ENVIRONMENT
 
 
 def explain(op: Callable[..., Any], **inputs: Any) -> list[Choice]:

@@ -101,5 +101,5 @@ def inputs(case: Case) -> dict[str, Tensor]:
         r_bias=case.randn(*heads),
         i_bias=case.randn(*heads),
         decay=case.log_decay(case.heads * case.keys),
-        first=torch.rand(*lead) < 0.1,
+        first=torch.rand(*lead, dtype=torch.float32) < 0.1,
     )

@@ -97,8 +97,8 @@ def _seed(seed: int, step: int) -> int:
 def sample(task: MQAR.Config, batch: int, pairs: int, generator: torch.Generator) -> Batch:
     """``batch`` sequences with ``pairs`` pairs each, drawn from ``generator``."""
     half, length = task.vocab_size // 2, task.length or 4 * pairs
-    keys = 1 + _distinct(torch.ones(half - 1), batch, pairs, generator)
-    values = half + _distinct(torch.ones(half), batch, pairs, generator)
+    keys = 1 + _distinct(torch.ones(half - 1, dtype=torch.float32), batch, pairs, generator)
+    values = half + _distinct(torch.ones(half, dtype=torch.float32), batch, pairs, generator)
     space = (length - 2 * pairs) // 2
     slots = _distinct(torch.arange(1, space + 1).double() ** (task.power - 1), batch, pairs, generator)
     places = 2 * pairs + 2 * slots

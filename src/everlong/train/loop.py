@@ -230,7 +230,7 @@ class Trainer:
         """Add the gradient of the mean loss over all targets, part by part, and return that loss."""
         tokens, targets, starts = self._here(batch)
         count = (targets != -100).sum().clamp_min(1)
-        total, rows = torch.zeros((), device=self.device), len(tokens) // self.cfg.accumulate
+        total, rows = torch.zeros((), dtype=torch.float32, device=self.device), len(tokens) // self.cfg.accumulate
         for at in range(0, len(tokens), rows):
             part = slice(at, at + rows)
             loss = self._loss(tokens[part], targets[part], None if starts is None else starts[part]) / count

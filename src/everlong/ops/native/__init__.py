@@ -8,6 +8,8 @@ The libraries use the OpenMP runtime that PyTorch has already loaded, so that on
 from __future__ import annotations
 
 import ctypes
+import functools
+import hashlib
 import os
 import re
 import sys
@@ -18,8 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...config import suggest
 from ..record import recording
 from ..transforms import when_transforming
+from .signatures import table
 
 BUILDS = ("avx512bf16", "avx512", "avx2", "portable")
 FOLDER = Path(__file__).parent
@@ -30,16 +34,62 @@ def _load() -> tuple[ctypes.CDLL | str, str | None]:
     wanted = os.environ.get("EVERLONG_NATIVE")
     if wanted == "off":
         return "switched off by EVERLONG_NATIVE=off", None
-    if wanted and wanted not in BUILDS:
-        return f"EVERLONG_NATIVE={wanted} names no build ({', '.join(BUILDS)}, off)", None
-    for build in [wanted] if wanted else supported():
-        path = FOLDER / f"_{build}.so"
-        if path.exists():
-            _share_openmp()
-            return ctypes.CDLL(str(path)), build
-    missing = "no kernels were built; install with a C++ compiler (g++ or clang++) present"
-    warnings.warn(f"everlong runs on its PyTorch forms, which are slower: {missing}, or from a wheel", stacklevel=2)
-    return missing, None
+    build = next((build for build in supported() if _path(build).exists()), None)
+    if wanted:
+        build = _named(wanted)
+    if build is None:
+        missing = f"no kernels were built{_why(BUILDS[-1])}; install with a C++ compiler (g++ or clang++) present"
+        warnings.warn(f"everlong runs on its PyTorch forms, which are slower: {missing}, or from a wheel", stacklevel=2)
+        return missing, None
+    _share_openmp()
+    library = ctypes.CDLL(str(_path(build)))
+    if stale(library):
+        warnings.warn(
+            f"the kernels ({_path(build).name}) were built from other sources than those beside them; "
+            "build them again: make kernels, or pip install --editable .",
+            stacklevel=2,
+        )
+    return library, build
+
+
+def _path(build: str) -> Path:
+    return FOLDER / f"_{build}.so"
+
+
+def _why(build: str) -> str:
+    """The reason that setup.py noted when this build failed."""
+    try:
+        return f" ({_path(build).with_suffix('.txt').read_text(encoding='utf-8').strip()})"
+    except OSError:
+        return ""
+
+
+def _named(wanted: str) -> str:
+    """The build that EVERLONG_NATIVE names; ``ValueError`` where there is none, or not for this machine."""
+    runs = [build for build in supported() if _path(build).exists()]
+    here = f"expected one of: {', '.join([*runs, 'off'])}"
+    if wanted not in BUILDS:
+        raise ValueError(f"EVERLONG_NATIVE={wanted} names no build; {here}{suggest(wanted, BUILDS)}")
+    if wanted not in supported():
+        raise ValueError(f"EVERLONG_NATIVE={wanted} needs instructions that this processor does not have; {here}")
+    if wanted not in runs:
+        raise ValueError(f"EVERLONG_NATIVE={wanted}: {_path(wanted).name} was not built{_why(wanted)}; {here}")
+    return wanted
+
+
+def stale(library: ctypes.CDLL) -> bool:
+    """Whether ``library`` was built from other sources than those that lie beside it; no where there are none."""
+    paths = sorted([*FOLDER.glob("*.cpp"), *FOLDER.glob("*.h")])
+    if not paths:
+        return False
+    whole = hashlib.sha256()
+    for path in paths:
+        whole.update(path.name.encode() + b"\0" + path.read_bytes())
+    function = getattr(library, "ev_sources", None)
+    if function is None:
+        return True
+    function.restype = ctypes.c_char_p
+    return bool(function() != whole.hexdigest()[:16].encode())
 
 
 def supported() -> list[str]:
@@ -114,24 +164,41 @@ def threads_for(work: int) -> int:
     return max(1, min(torch.get_num_threads(), work >> 14))
 
 
+_FAILURES = {  # what an entry point returns, as in memory.h
+    1: lambda name: MemoryError(f"{name} found no memory to work in; make the batch or the model smaller"),
+    2: lambda name: ValueError(f"{name}: a position below 0, or a cache without slots"),
+}
+
+
 def call(name: str, *args: Tensor | float | None) -> None:
-    """Call a kernel: tensors as pointers (they must be contiguous), None as null, numbers as int64 or double."""
-    assert not isinstance(_LIBRARY, str), _LIBRARY
-    getattr(_LIBRARY, name)(*(_plain(x) for x in args))
+    """Call a kernel of ``signatures.py``: tensors as pointers, None as null, numbers as int64 or double.
+
+    ``ValueError`` for a tensor that is not what the kernel expects there: its dtype, its device, how many numbers it
+    holds and how they lie. ``MemoryError`` where the kernel found no memory to work in.
+    """
+    signature = table()[name]
+    plain = signature.check(args)
+    function = _function(name, _LIBRARY)
+    if function.argtypes is None:
+        function.argtypes, function.restype = signature.types, ctypes.c_int64
+    status = function(*plain)
+    if status:
+        raise _FAILURES[status](name)
 
 
 def count(name: str, *args: int) -> int:
-    """Call an entry point that returns an int64."""
-    assert not isinstance(_LIBRARY, str), _LIBRARY
-    function = getattr(_LIBRARY, name)
-    function.restype = ctypes.c_int64
-    return int(function(*(ctypes.c_int64(x) for x in args)))
+    """Call an entry point that returns an int64 which depends on the arguments alone."""
+    return _counted(_LIBRARY, name, *args)
 
 
-def _plain(x: Tensor | float | None) -> Any:
-    if isinstance(x, Tensor):
-        assert x.is_contiguous()
-        return ctypes.c_void_p(x.data_ptr())
-    if isinstance(x, float):
-        return ctypes.c_double(x)
-    return ctypes.c_void_p(None) if x is None else ctypes.c_int64(x)
+@functools.lru_cache(4096)
+def _counted(library: ctypes.CDLL | str, name: str, *args: int) -> int:
+    function = _function(name, library)
+    function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_int64] * len(args)
+    return int(function(*args))
+
+
+def _function(name: str, library: ctypes.CDLL | str) -> Any:
+    if isinstance(library, str):
+        raise RuntimeError(f"{name} was called without kernels: {library}")
+    return getattr(library, name)

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <vector>
 
+#include "memory.h"
 #include "vec.h"
 
 using namespace ev;
@@ -131,11 +132,14 @@ struct Decode {
     }
   }
 
-  void run(const T *new_k, const T *new_v, const int64_t *position, int64_t threads) const {
+  int64_t run(const T *new_k, const T *new_v, const int64_t *position, int64_t threads) const {
+    for (int64_t b = 0; b < batch; b++)
+      if (position[b] < 0 || slots < 1) return OUTSIDE;
+    Attempts memory;
     std::vector<Task> tasks;
     std::vector<int64_t> first(batch + 1);
     for (int64_t b = 0; b < batch; b++) {
-      const int64_t slot = position[b] % slots, filled = std::min(position[b] + 1, slots);
+      const int64_t slot = position[b] % slots, filled = std::min(position[b], slots - 1) + 1;
       std::copy_n(new_k + b * groups * keys, groups * keys, k + (b * slots + slot) * groups * keys);
       std::copy_n(new_v + b * groups * values, groups * values, v + (b * slots + slot) * groups * values);
       for (int64_t s = 0; s < filled; s += SPLIT) tasks.push_back({b, s, std::min(s + SPLIT, filled)});
@@ -145,28 +149,36 @@ struct Decode {
     std::vector<float> parts(count * size);
 #pragma omp parallel num_threads(threads)
     {
-      std::vector<float> scores(heads() * SPLIT);
+      std::vector<float> scores;
+      memory.attempt([&] { scores.resize(heads() * SPLIT); });
 #pragma omp for schedule(dynamic)
-      for (int64_t i = 0; i < count; i++) part(tasks[i], scores.data(), &parts[i * size]);
+      for (int64_t i = 0; i < count; i++)
+        memory.attempt([&] { part(tasks[i], scores.data(), &parts[i * size]); });
 #pragma omp for schedule(static)
-      for (int64_t b = 0; b < batch; b++) merge(b, &parts[first[b] * size], first[b + 1] - first[b], size);
+      for (int64_t b = 0; b < batch; b++)
+        memory.attempt([&] { merge(b, &parts[first[b] * size], first[b + 1] - first[b], size); });
     }
+    memory.check();
+    return DONE;
   }
 };
 
 template <class T>
-void decode(int64_t batch, int64_t slots, int64_t groups, int64_t shared, int64_t keys, int64_t values, const float *q,
+int64_t decode(int64_t batch, int64_t slots, int64_t groups, int64_t shared, int64_t keys, int64_t values, const float *q,
             const void *new_k, const void *new_v, void *k, void *v, const int64_t *position, float *y,
             int64_t threads) {
-  Decode<T>{batch, slots, groups, shared, keys, values, q, (T *)k, (T *)v, y}.run((const T *)new_k, (const T *)new_v,
-                                                                                   position, threads);
+  const Decode<T> task{batch, slots, groups, shared, keys, values, q, (T *)k, (T *)v, y};
+  return task.run((const T *)new_k, (const T *)new_v, position, threads);
 }
 
 }  // namespace
 
-extern "C" void ev_attention_decode(int64_t half, int64_t batch, int64_t slots, int64_t groups, int64_t shared,
+extern "C" int64_t ev_attention_decode(int64_t half, int64_t batch, int64_t slots, int64_t groups, int64_t shared,
                                     int64_t keys, int64_t values, const float *q, const void *new_k, const void *new_v,
                                     void *k, void *v, const int64_t *position, float *y, int64_t threads) {
   auto run = half ? decode<bf16> : decode<float>;
-  run(batch, slots, groups, shared, keys, values, q, new_k, new_v, k, v, position, y, threads);
+  int64_t result = DONE;
+  const int64_t memory = status(
+      [&] { result = run(batch, slots, groups, shared, keys, values, q, new_k, new_v, k, v, position, y, threads); });
+  return memory == DONE ? result : memory;
 }

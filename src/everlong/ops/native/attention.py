@@ -26,7 +26,7 @@ def refuse(**inputs: Any) -> str | None:
 def _decode(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
     """y [B H V] fp32; q scaled, fp32; k and v in the dtype of the cache, written at their slots of it."""
     (batch, heads, width), (_, slots, groups, depth) = q.shape, values.shape
-    y = torch.empty(batch, heads, depth)
+    y = q.new_empty(batch, heads, depth)
     sizes = (int(keys.dtype == torch.bfloat16), batch, slots, groups, heads // groups, width, depth)
     call("ev_attention_decode", *sizes, q, k, v, keys, values, position, y, threads_for(keys.numel()))
     return y

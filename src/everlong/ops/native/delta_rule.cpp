@@ -170,13 +170,17 @@ struct Forward : Problem<T> {
 
   void run(int threads) const {
     const int64_t count = this->heads * this->value_blocks();
+    Attempts memory;
 #pragma omp parallel num_threads(threads)
     {
-      Work work(*this, parts);
+      std::optional<Work> work;
+      memory.attempt([&] { work.emplace(*this, parts); });
 #pragma omp for collapse(2) schedule(dynamic)
       for (int64_t row = 0; row < this->batch; row++)
-        for (int64_t part = 0; part < parts; part++) task(row, count * part / parts, count * (part + 1) / parts, work);
+        for (int64_t part = 0; part < parts; part++)
+            memory.attempt([&] { task(row, count * part / parts, count * (part + 1) / parts, *work); });
     }
+    memory.check();
   }
 };
 
@@ -391,14 +395,18 @@ struct Backward : Problem<T> {
   }
 
   void run(int threads) const {
+    Attempts memory;
 #pragma omp parallel num_threads(threads)
     {
-      Work work(*this, parts);
+      std::optional<Work> work;
+      memory.attempt([&] { work.emplace(*this, parts); });
 #pragma omp for collapse(3) schedule(dynamic)
       for (int64_t row = 0; row < this->batch; row++)
         for (int64_t h = 0; h < this->heads; h++)
-          for (int64_t part = 0; part < parts; part++) task(row, h, part, work);
+          for (int64_t part = 0; part < parts; part++)
+            memory.attempt([&] { task(row, h, part, *work); });
     }
+    memory.check();
   }
 };
 
@@ -408,31 +416,35 @@ extern "C" {
 
 // Kept are the states before every `every`-th token (0 for none), and u [B T H V]. Heads and blocks of 64 values are
 // shared out to `parts` tasks a row, or a head of a row in the backward pass.
-void ev_delta_rule(int64_t half, int64_t batch, int64_t time, int64_t heads, int64_t keys, int64_t values,
+int64_t ev_delta_rule(int64_t half, int64_t batch, int64_t time, int64_t heads, int64_t keys, int64_t values,
                    int64_t per_key, const void *q, const void *k, const void *v, const void *a,
                    const void *b, const float *g, const float *state, const uint8_t *starts, void *y,
                    float *final_state, float *kept, float *u, int64_t every, int64_t parts, int64_t threads) {
-  const auto run = [&](auto zero) {
-    using T = decltype(zero);
-    const Problem<T> p{{batch, time, heads, heads, keys, values, every ? every : 16, false, starts},
-                       (const T *)q, (const T *)k, (const T *)v, (const T *)a, (const T *)b, g, bool(per_key)};
-    Forward<T>{p, state, (T *)y, final_state, kept, u, every, parts}.run(int(threads));
-  };
-  half ? run(bf16{}) : run(0.0f);
+  return status([&] {
+    const auto run = [&](auto zero) {
+      using T = decltype(zero);
+      const Problem<T> p{{batch, time, heads, heads, keys, values, every ? every : 16, false, starts},
+                         (const T *)q, (const T *)k, (const T *)v, (const T *)a, (const T *)b, g, bool(per_key)};
+      Forward<T>{p, state, (T *)y, final_state, kept, u, every, parts}.run(int(threads));
+    };
+    half ? run(bf16{}) : run(0.0f);
+  });
 }
 
-void ev_delta_rule_backward(int64_t half, int64_t batch, int64_t time, int64_t heads, int64_t keys, int64_t values,
+int64_t ev_delta_rule_backward(int64_t half, int64_t batch, int64_t time, int64_t heads, int64_t keys, int64_t values,
                             int64_t per_key, const void *q, const void *k, const void *v, const void *a,
                             const void *b, const float *g, const uint8_t *starts, const float *kept, const float *u,
                             int64_t every, const void *gy, const float *gfinal, void *gv, float *gq, float *gk,
                             float *ga, float *gb, float *gg, float *gstate, int64_t parts, int64_t threads) {
-  const auto run = [&](auto zero) {
-    using T = decltype(zero);
-    const Problem<T> p{{batch, time, heads, heads, keys, values, every, true, starts},
-                       (const T *)q, (const T *)k, (const T *)v, (const T *)a, (const T *)b, g, bool(per_key)};
-    Backward<T>{p, kept, u, gfinal, (const T *)gy, (T *)gv, gq, gk, ga, gb, gg, gstate, parts}.run(int(threads));
-  };
-  half ? run(bf16{}) : run(0.0f);
+  return status([&] {
+    const auto run = [&](auto zero) {
+      using T = decltype(zero);
+      const Problem<T> p{{batch, time, heads, heads, keys, values, every, true, starts},
+                         (const T *)q, (const T *)k, (const T *)v, (const T *)a, (const T *)b, g, bool(per_key)};
+      Backward<T>{p, kept, u, gfinal, (const T *)gy, (T *)gv, gq, gk, ga, gb, gg, gstate, parts}.run(int(threads));
+    };
+    half ? run(bf16{}) : run(0.0f);
+  });
 }
 
 }  // extern "C"

@@ -5,6 +5,7 @@
 // the forward pass has given:  l_t = gy_t + conj(exp g_{t+1}) l_{t+1},  gb = l,  gg_t = l_t conj(exp(g_t) h_{t-1}).
 #include <vector>
 
+#include "memory.h"
 #include "vec.h"
 
 using namespace ev;
@@ -170,9 +171,12 @@ void tasks(const Shape s, int64_t threads, F run) {
   if (blocks < (s.width + BLOCK - 1) / BLOCK) blocks = (s.width + BLOCK - 1) / BLOCK;
   const int64_t size = ((s.width + blocks - 1) / blocks + W - 1) / W * W;
   blocks = (s.width + size - 1) / size;
+  Attempts memory;
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
   for (int64_t b = 0; b < s.batch; b++)
-    for (int64_t i = 0; i < blocks; i++) run(b, i * size, (i + 1) * size < s.width ? (i + 1) * size : s.width);
+    for (int64_t i = 0; i < blocks; i++)
+      memory.attempt([&] { run(b, i * size, (i + 1) * size < s.width ? (i + 1) * size : s.width); });
+  memory.check();
 }
 
 template <class T, int KIND>
@@ -200,25 +204,29 @@ void backward(const Shape s, const void *g, const float *state, const uint8_t *s
 
 extern "C" {
 
-void ev_diagonal_scan(int64_t half, int64_t kind, int64_t fixed, int64_t batch, int64_t time, int64_t width,
+int64_t ev_diagonal_scan(int64_t half, int64_t kind, int64_t fixed, int64_t batch, int64_t time, int64_t width,
                       const void *b, const void *g, const float *state, const uint8_t *starts, void *y,
                       float *final_state, float *kept, int64_t threads) {
-  auto run = kind == COMPLEX  ? forward<float, COMPLEX>
-             : kind == PAIRED ? forward<float, PAIRED>
-             : half           ? forward<bf16, REAL>
-                              : forward<float, REAL>;
-  run({batch, time, width, fixed != 0}, b, g, state, starts, y, final_state, kept, threads);
+  return status([&] {
+    auto run = kind == COMPLEX  ? forward<float, COMPLEX>
+               : kind == PAIRED ? forward<float, PAIRED>
+               : half           ? forward<bf16, REAL>
+                                : forward<float, REAL>;
+    run({batch, time, width, fixed != 0}, b, g, state, starts, y, final_state, kept, threads);
+  });
 }
 
-void ev_diagonal_scan_backward(int64_t half, int64_t kind, int64_t fixed, int64_t batch, int64_t time, int64_t width,
+int64_t ev_diagonal_scan_backward(int64_t half, int64_t kind, int64_t fixed, int64_t batch, int64_t time, int64_t width,
                                const void *g, const float *state, const uint8_t *starts, const float *h,
                                const void *gy, const float *gfinal, void *gb, void *gg, float *gstate,
                                int64_t threads) {
-  auto run = kind == COMPLEX  ? backward<float, COMPLEX>
-             : kind == PAIRED ? backward<float, PAIRED>
-             : half           ? backward<bf16, REAL>
-                              : backward<float, REAL>;
-  run({batch, time, width, fixed != 0}, g, state, starts, h, gy, gfinal, gb, gg, gstate, threads);
+  return status([&] {
+    auto run = kind == COMPLEX  ? backward<float, COMPLEX>
+               : kind == PAIRED ? backward<float, PAIRED>
+               : half           ? backward<bf16, REAL>
+                                : backward<float, REAL>;
+    run({batch, time, width, fixed != 0}, g, state, starts, h, gy, gfinal, gb, gg, gstate, threads);
+  });
 }
 
 }  // extern "C"

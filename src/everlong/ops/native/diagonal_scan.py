@@ -23,8 +23,8 @@ def _forward(
     b: Tensor, g: Tensor, state: Tensor, starts: Tensor | None, kind: int, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, final state and, where y is not fp32 itself and with ``keep``, all h in fp32; complex numbers as pairs."""
-    y, final = torch.empty(b.shape, dtype=b.dtype), torch.empty(state.shape)
-    kept = torch.empty(_kept(b, keep))
+    y, final = b.new_empty(b.shape), state.new_empty(state.shape)
+    kept = state.new_empty(_kept(b, keep))
     sizes = (int(b.dtype == torch.bfloat16), kind, int(g.dim() == 1), *b.shape)
     outputs = (y, final, kept if len(kept) else None)
     call("ev_diagonal_scan", *sizes, b, g, state, starts, *outputs, threads_for(b.numel()))
@@ -48,8 +48,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of b and g (in their dtype; fp32 where g does not change in time), and of the state (fp32)."""
     fixed = g.dim() == 1
-    gb, gstate = torch.empty(gy.shape, dtype=gy.dtype), torch.empty(state.shape)
-    gg = torch.empty(len(gy), *g.shape) if fixed else torch.empty(g.shape, dtype=g.dtype)
+    gb, gstate = gy.new_empty(gy.shape), state.new_empty(state.shape)
+    gg = state.new_empty(len(gy), *g.shape) if fixed else g.new_empty(g.shape)
     sizes = (int(gy.dtype == torch.bfloat16), kind, int(fixed), *gy.shape)
     threads = threads_for(gy.numel())
     call("ev_diagonal_scan_backward", *sizes, g, state, starts, h, gy, gfinal, gb, gg, gstate, threads)
@@ -74,7 +74,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
 
 def _gradient(ctx: Any, gy: Tensor | None, gfinal: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     g, state, starts, h = ctx.saved_tensors
-    gy = torch.zeros(h.shape, dtype=g.dtype) if gy is None else gy.contiguous()
+    gy = h.new_zeros(h.shape, dtype=g.dtype) if gy is None else gy.contiguous()
     gfinal = None if gfinal is None else gfinal.contiguous()
     gb, gg, gstate = _backward(gy, gfinal, g, state, starts, h, ctx.kind)
     return gb, gg.to(g.dtype), gstate, None, None, None

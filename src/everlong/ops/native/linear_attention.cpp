@@ -211,13 +211,17 @@ struct Forward : Problem<T> {
 
   void run(int threads) const {
     const int64_t count = this->heads * this->value_blocks();
+    Attempts memory;
 #pragma omp parallel num_threads(threads)
     {
-      Work work(*this, parts);
+      std::optional<Work> work;
+      memory.attempt([&] { work.emplace(*this, parts); });
 #pragma omp for collapse(2) schedule(dynamic)
       for (int64_t b = 0; b < this->batch; b++)
-        for (int64_t part = 0; part < parts; part++) task(b, count * part / parts, count * (part + 1) / parts, work);
+        for (int64_t part = 0; part < parts; part++)
+            memory.attempt([&] { task(b, count * part / parts, count * (part + 1) / parts, *work); });
     }
+    memory.check();
   }
 };
 
@@ -343,14 +347,18 @@ struct Backward : Problem<T> {
   }
 
   void run(int threads) const {
+    Attempts memory;
 #pragma omp parallel num_threads(threads)
     {
-      Work work(*this, parts);
+      std::optional<Work> work;
+      memory.attempt([&] { work.emplace(*this, parts); });
 #pragma omp for collapse(3) schedule(dynamic)
       for (int64_t b = 0; b < this->batch; b++)
         for (int64_t group = 0; group < this->groups; group++)
-          for (int64_t part = 0; part < parts; part++) task(b, group, part, work);
+          for (int64_t part = 0; part < parts; part++)
+            memory.attempt([&] { task(b, group, part, *work); });
     }
+    memory.check();
   }
 };
 
@@ -360,32 +368,36 @@ extern "C" {
 
 // Kept are the states before every `every`-th token, a multiple of 16; 0 for none. Heads and blocks of 64 value lanes
 // are shared out to `parts` tasks a row, or a group of a row in the backward pass.
-void ev_linear_attention(int64_t half, int64_t batch, int64_t time, int64_t groups, int64_t heads, int64_t keys,
+int64_t ev_linear_attention(int64_t half, int64_t batch, int64_t time, int64_t groups, int64_t heads, int64_t keys,
                          int64_t values, int64_t per_key, const void *q, const void *k, const void *v, const float *g,
                          const float *bonus, const float *state, const uint8_t *starts, void *y, float *final_state,
                          float *kept, int64_t every, int64_t parts, int64_t threads) {
-  const auto run = [&](auto zero) {
-    using T = decltype(zero);
-    const Problem<T> p{{batch, time, groups, heads, keys, values, every ? every : TURN, false, starts},
-                       (const T *)q, (const T *)k, (const T *)v, g, bonus, bool(per_key)};
-    Forward<T>{p, state, (T *)y, final_state, kept, every, parts}.run(int(threads));
-  };
-  half ? run(bf16{}) : run(0.0f);
+  return status([&] {
+    const auto run = [&](auto zero) {
+      using T = decltype(zero);
+      const Problem<T> p{{batch, time, groups, heads, keys, values, every ? every : TURN, false, starts},
+                         (const T *)q, (const T *)k, (const T *)v, g, bonus, bool(per_key)};
+      Forward<T>{p, state, (T *)y, final_state, kept, every, parts}.run(int(threads));
+    };
+    half ? run(bf16{}) : run(0.0f);
+  });
 }
 
-void ev_linear_attention_backward(int64_t half, int64_t batch, int64_t time, int64_t groups, int64_t heads,
+int64_t ev_linear_attention_backward(int64_t half, int64_t batch, int64_t time, int64_t groups, int64_t heads,
                                   int64_t keys, int64_t values, int64_t per_key, const void *q, const void *k,
                                   const void *v, const float *g, const float *bonus, const uint8_t *starts,
                                   const float *kept, int64_t every, const void *gy, const float *gfinal, void *gv,
                                   float *gq, float *gk, float *gg, float *gbonus, float *gstate, int64_t parts,
                                   int64_t threads) {
-  const auto run = [&](auto zero) {
-    using T = decltype(zero);
-    const Problem<T> p{{batch, time, groups, heads, keys, values, every, true, starts},
-                       (const T *)q, (const T *)k, (const T *)v, g, bonus, bool(per_key)};
-    Backward<T>{p, kept, gfinal, (const T *)gy, (T *)gv, gq, gk, gg, gbonus, gstate, parts}.run(int(threads));
-  };
-  half ? run(bf16{}) : run(0.0f);
+  return status([&] {
+    const auto run = [&](auto zero) {
+      using T = decltype(zero);
+      const Problem<T> p{{batch, time, groups, heads, keys, values, every, true, starts},
+                         (const T *)q, (const T *)k, (const T *)v, g, bonus, bool(per_key)};
+      Backward<T>{p, kept, gfinal, (const T *)gy, (T *)gv, gq, gk, gg, gbonus, gstate, parts}.run(int(threads));
+    };
+    half ? run(bf16{}) : run(0.0f);
+  });
 }
 
 }  // extern "C"

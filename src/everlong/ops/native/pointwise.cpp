@@ -3,6 +3,7 @@
 #include <cmath>
 #include <vector>
 
+#include "memory.h"
 #include "vec.h"
 
 using namespace ev;
@@ -133,17 +134,22 @@ struct Norm {
   }
 
   void forward(Y *y, int64_t threads) const {
+    Attempts memory;
 #pragma omp parallel num_threads(threads)
     {
-      std::vector<float> u(s.n);
+      std::vector<float> u;
+      memory.attempt([&] { u.resize(s.n); });
 #pragma omp for schedule(static)
-      for (int64_t g = 0; g < s.groups; g++) {
-        int64_t row = g * s.group * s.n, offset = row % period;
-        for (int64_t i = 0; i < s.group; i++, row += s.n) {
-          row_forward(g, i, offset, y + row, u.data());
-          offset = offset + s.n < period ? offset + s.n : 0;
-        }
-      }
+      for (int64_t g = 0; g < s.groups; g++) memory.attempt([&] { group_forward(g, y, u.data()); });
+    }
+    memory.check();
+  }
+
+  void group_forward(int64_t g, Y *y, float *u) const {
+    int64_t row = g * s.group * s.n, offset = row % period;
+    for (int64_t i = 0; i < s.group; i++, row += s.n) {
+      row_forward(g, i, offset, y + row, u);
+      offset = offset + s.n < period ? offset + s.n : 0;
     }
   }
 
@@ -165,18 +171,25 @@ struct Norm {
 
   // gweight, gbias: [parts period], summed by the caller.
   void backward(const Y *gy, X *gx, X *gz, float *gweight, float *gbias, int64_t parts) const {
+    Attempts memory;
 #pragma omp parallel for schedule(static) num_threads(parts)
-    for (int64_t part = 0; part < parts; part++) {
-      std::vector<float> u(s.n), h(s.n);
-      float *gw = gweight + part * period, *gb = gbias + part * period;
-      std::memset(gw, 0, period * sizeof(float));
-      std::memset(gb, 0, period * sizeof(float));
-      for (int64_t g = s.groups * part / parts; g < s.groups * (part + 1) / parts; g++) {
-        int64_t row = g * s.group * s.n, offset = row % period;
-        for (int64_t i = 0; i < s.group; i++, row += s.n) {
-          row_backward(g, i, offset, gy + row, gx + row, gz + row, gw + offset, gb + offset, u.data(), h.data());
-          offset = offset + s.n < period ? offset + s.n : 0;
-        }
+    for (int64_t part = 0; part < parts; part++)
+      memory.attempt([&] {
+        const int64_t from = s.groups * part / parts, to = s.groups * (part + 1) / parts;
+        groups_backward(from, to, gy, gx, gz, gweight + part * period, gbias + part * period);
+      });
+    memory.check();
+  }
+
+  void groups_backward(int64_t from, int64_t to, const Y *gy, X *gx, X *gz, float *gw, float *gb) const {
+    std::vector<float> u(s.n), h(s.n);
+    std::memset(gw, 0, period * sizeof(float));
+    std::memset(gb, 0, period * sizeof(float));
+    for (int64_t g = from; g < to; g++) {
+      int64_t row = g * s.group * s.n, offset = row % period;
+      for (int64_t i = 0; i < s.group; i++, row += s.n) {
+        row_backward(g, i, offset, gy + row, gx + row, gz + row, gw + offset, gb + offset, u.data(), h.data());
+        offset = offset + s.n < period ? offset + s.n : 0;
       }
     }
   }
@@ -274,49 +287,57 @@ void norm_backward(int64_t order, const In &in, const void *gy, void *gx, void *
 extern "C" {
 
 // x_half, z_half: bf16 or fp32; x in bf16 with z in fp32 is not built.
-void ev_gate(int64_t x_half, int64_t z_half, int64_t act, int64_t groups, int64_t group, int64_t n, const void *x,
+int64_t ev_gate(int64_t x_half, int64_t z_half, int64_t act, int64_t groups, int64_t group, int64_t n, const void *x,
              int64_t x_stride, const void *z, int64_t z_stride, void *y, int64_t threads) {
-  const Sizes s{groups, group, n};
-  const Rows<const float> fx{(const float *)x, x_stride}, fz{(const float *)z, z_stride};
-  const Rows<const bf16> hx{(const bf16 *)x, x_stride}, hz{(const bf16 *)z, z_stride};
-  if (x_half)
-    gate_any(act, s, hx, hz, (bf16 *)y, threads);
-  else if (z_half)
-    gate_any(act, s, fx, hz, (bf16 *)y, threads);
-  else
-    gate_any(act, s, fx, fz, (float *)y, threads);
+  return status([&] {
+    const Sizes s{groups, group, n};
+    const Rows<const float> fx{(const float *)x, x_stride}, fz{(const float *)z, z_stride};
+    const Rows<const bf16> hx{(const bf16 *)x, x_stride}, hz{(const bf16 *)z, z_stride};
+    if (x_half)
+      gate_any(act, s, hx, hz, (bf16 *)y, threads);
+    else if (z_half)
+      gate_any(act, s, fx, hz, (bf16 *)y, threads);
+    else
+      gate_any(act, s, fx, fz, (float *)y, threads);
+  });
 }
 
-void ev_gate_backward(int64_t x_half, int64_t z_half, int64_t act, int64_t groups, int64_t group, int64_t n,
+int64_t ev_gate_backward(int64_t x_half, int64_t z_half, int64_t act, int64_t groups, int64_t group, int64_t n,
                       const void *x, int64_t x_stride, const void *z, int64_t z_stride, const void *gy, void *gx,
                       void *gz, int64_t threads) {
-  const Sizes s{groups, group, n};
-  const Rows<const float> fx{(const float *)x, x_stride}, fz{(const float *)z, z_stride};
-  const Rows<const bf16> hx{(const bf16 *)x, x_stride}, hz{(const bf16 *)z, z_stride};
-  if (x_half)
-    gate_backward_any(act, s, hx, hz, (const bf16 *)gy, (bf16 *)gx, (bf16 *)gz, threads);
-  else if (z_half)
-    gate_backward_any(act, s, fx, hz, (const bf16 *)gy, (float *)gx, (bf16 *)gz, threads);
-  else
-    gate_backward_any(act, s, fx, fz, (const float *)gy, (float *)gx, (float *)gz, threads);
+  return status([&] {
+    const Sizes s{groups, group, n};
+    const Rows<const float> fx{(const float *)x, x_stride}, fz{(const float *)z, z_stride};
+    const Rows<const bf16> hx{(const bf16 *)x, x_stride}, hz{(const bf16 *)z, z_stride};
+    if (x_half)
+      gate_backward_any(act, s, hx, hz, (const bf16 *)gy, (bf16 *)gx, (bf16 *)gz, threads);
+    else if (z_half)
+      gate_backward_any(act, s, fx, hz, (const bf16 *)gy, (float *)gx, (bf16 *)gz, threads);
+    else
+      gate_backward_any(act, s, fx, fz, (const float *)gy, (float *)gx, (float *)gz, threads);
+  });
 }
 
 // x (and z) in bf16 with y in fp32 is not built.
-void ev_norm(int64_t x_half, int64_t y_half, int64_t order, int64_t center, double eps, int64_t period, int64_t groups,
+int64_t ev_norm(int64_t x_half, int64_t y_half, int64_t order, int64_t center, double eps, int64_t period, int64_t groups,
              int64_t group, int64_t n, const void *x, int64_t x_stride, const void *z, int64_t z_stride,
              const float *weight, const float *bias, void *y, int64_t threads) {
-  const In in{{groups, group, n}, period, x_stride, z_stride, x, z, weight, bias, eps, center != 0};
-  auto run = x_half ? norm_forward<bf16, bf16> : y_half ? norm_forward<float, bf16> : norm_forward<float, float>;
-  run(order, in, y, threads);
+  return status([&] {
+    const In in{{groups, group, n}, period, x_stride, z_stride, x, z, weight, bias, eps, center != 0};
+    auto run = x_half ? norm_forward<bf16, bf16> : y_half ? norm_forward<float, bf16> : norm_forward<float, float>;
+    run(order, in, y, threads);
+  });
 }
 
-void ev_norm_backward(int64_t x_half, int64_t y_half, int64_t order, int64_t center, double eps, int64_t period,
+int64_t ev_norm_backward(int64_t x_half, int64_t y_half, int64_t order, int64_t center, double eps, int64_t period,
                       int64_t groups, int64_t group, int64_t n, const void *x, int64_t x_stride, const void *z,
                       int64_t z_stride, const float *weight, const float *bias, const void *gy, void *gx, void *gz,
                       float *gw, float *gb, int64_t parts) {
-  const In in{{groups, group, n}, period, x_stride, z_stride, x, z, weight, bias, eps, center != 0};
-  auto run = x_half ? norm_backward<bf16, bf16> : y_half ? norm_backward<float, bf16> : norm_backward<float, float>;
-  run(order, in, gy, gx, gz, gw, gb, parts);
+  return status([&] {
+    const In in{{groups, group, n}, period, x_stride, z_stride, x, z, weight, bias, eps, center != 0};
+    auto run = x_half ? norm_backward<bf16, bf16> : y_half ? norm_backward<float, bf16> : norm_backward<float, float>;
+    run(order, in, gy, gx, gz, gw, gb, parts);
+  });
 }
 
 }  // extern "C"

@@ -33,7 +33,7 @@ def _is_half(x: Tensor) -> int:
 
 
 def _empty(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype)
+    return x.new_empty(x.shape)
 
 
 def _layout(x: Tensor, z: Tensor | None, group: int) -> tuple[Any, ...]:
@@ -52,7 +52,7 @@ def _layout(x: Tensor, z: Tensor | None, group: int) -> tuple[Any, ...]:
 def _call_gate(name: str, x: Tensor, z: Tensor, act: int, *outputs: Tensor) -> None:
     *sizes, a, step, b, z_step = _layout(x, z, 1)
     halves, threads = (_is_half(x), _is_half(z)), threads_for(x.numel())
-    call(name, *halves, act, *sizes, a.data_ptr(), step, b.data_ptr(), z_step, *outputs, threads)
+    call(name, *halves, act, *sizes, a, step, b, z_step, *outputs, threads)
 
 
 @custom_op("everlong::gate_native", mutates_args=(), device_types="cpu")
@@ -103,8 +103,8 @@ def _call_norm(name: str, inputs: tuple[Any, ...], y_half: int, *outputs: Tensor
     x, z, weight, bias, eps, center, order = inputs
     period = x.shape[-1] if weight is None else weight.numel()
     *sizes, a, step, b, z_step = _layout(x, z, period // max(1, x.shape[-1]))
-    flags, at = (_is_half(x), y_half, order, int(center), eps), None if b is None else b.data_ptr()
-    call(name, *flags, period, *sizes, a.data_ptr(), step, at, z_step, weight, bias, *outputs)
+    flags = (_is_half(x), y_half, order, int(center), eps)
+    call(name, *flags, period, *sizes, a, step, b, z_step, weight, bias, *outputs)
 
 
 @custom_op("everlong::norm_native", mutates_args=(), device_types="cpu")
@@ -119,7 +119,7 @@ def _norm(
     half: bool,
 ) -> Tensor:
     """y in bf16 with ``half``, else in fp32; z in the dtype of x, weight and bias [period] in fp32."""
-    y = torch.empty(x.shape, dtype=torch.bfloat16 if half else torch.float32)
+    y = x.new_empty(x.shape, dtype=torch.bfloat16 if half else torch.float32)
     _call_norm("ev_norm", (x, z, weight, bias, eps, center, order), int(half), y, threads_for(x.numel()))
     return y
 
@@ -138,7 +138,7 @@ def _norm_backward(
     """Gradients of x, z (in their dtype), weight and bias (fp32)."""
     gx, gz = _empty(x), _empty(x[:0] if z is None else z)
     period, groups = x.shape[-1] if weight is None else weight.numel(), threads_for(x.numel())
-    gw, gb = (torch.empty(groups, period) for _ in range(2))
+    gw, gb = (x.new_empty(groups, period, dtype=torch.float32) for _ in range(2))
     inputs = (x, z, weight, bias, eps, center, order)
     _call_norm("ev_norm_backward", inputs, _is_half(gy), gy.contiguous(), gx, gz, gw, gb, groups)
     return [gx, gz, gw.sum(0), gb.sum(0)]

@@ -1,4 +1,5 @@
 // Entry points of product.h: a product on all threads, and rows of the matrix as floats.
+#include "memory.h"
 #include "product.h"
 
 using namespace ev;
@@ -25,30 +26,34 @@ int64_t ev_product_scratch(int64_t kind, int64_t out, int64_t in, int64_t batch)
   return product_scratch({kind, out, in, nullptr, nullptr}, batch);
 }
 
-void ev_product(int64_t kind, int64_t out, int64_t in, const void *weight, const void *scale, int64_t batch,
+int64_t ev_product(int64_t kind, int64_t out, int64_t in, const void *weight, const void *scale, int64_t batch,
                 const float *x, void *scratch, float *y, int64_t threads) {
-  const Product p{kind, out, in, weight, scale};
-  const int64_t blocks = (out + 31) / 32, used = out * in * batch < SMALL ? 1 : threads;
+  return status([&] {
+    const Product p{kind, out, in, weight, scale};
+    const int64_t blocks = (out + 31) / 32, used = out * in * batch < SMALL ? 1 : threads;
 #pragma omp parallel num_threads(used)
-  {
+    {
 #pragma omp for schedule(static)
-    for (int64_t b = 0; b < batch; b++) product_prepare(p, b, b + 1, x, in, scratch);
+      for (int64_t b = 0; b < batch; b++) product_prepare(p, b, b + 1, x, in, scratch);
 #pragma omp for schedule(static)
-    for (int64_t t = 0; t < used; t++) {
-      const int64_t begin = blocks * t / used * 32, end = blocks * (t + 1) / used * 32;
-      product_rows(p, batch, scratch, begin, end < out ? end : out, y, out);
+      for (int64_t t = 0; t < used; t++) {
+        const int64_t begin = blocks * t / used * 32, end = blocks * (t + 1) / used * 32;
+        product_rows(p, batch, scratch, begin, end < out ? end : out, y, out);
+      }
     }
-  }
+  });
 }
 
-void ev_product_unpack(int64_t kind, int64_t out, int64_t in, const void *weight, const void *scale, const int64_t *ids,
+int64_t ev_product_unpack(int64_t kind, int64_t out, int64_t in, const void *weight, const void *scale, const int64_t *ids,
                        int64_t count, int64_t half, void *rows, int64_t threads) {
-  const Product p{kind, out, in, weight, scale};
-  const int64_t used = count * in < SMALL ? 1 : threads;
-  if (half)
-    unpack(p, ids, count, (bf16 *)rows, used);
-  else
-    unpack(p, ids, count, (float *)rows, used);
+  return status([&] {
+    const Product p{kind, out, in, weight, scale};
+    const int64_t used = count * in < SMALL ? 1 : threads;
+    if (half)
+      unpack(p, ids, count, (bf16 *)rows, used);
+    else
+      unpack(p, ids, count, (float *)rows, used);
+  });
 }
 
 }  // extern "C"

@@ -22,7 +22,9 @@ MAX_ROWS = 64  # of one call of the kernel
 MAX_IN = 65536  # inputs, so that sums of 8-bit products stay below 2^31
 TILES = cpu_has("amx_tile")
 WIDE = torch.bfloat16 if cpu_has("avx512_bf16") else torch.float32  # of products in PyTorch on a CPU
-CANDIDATES = torch.linspace(0.75, 1.2, 16)  # scales tried for an int4 group, as shares of max / 8
+CANDIDATES = torch.linspace(
+    0.75, 1.2, 16, dtype=torch.float32, device="cpu"
+)  # scales tried for an int4 group, as shares of max / 8
 
 
 class Packed(NamedTuple):
@@ -106,7 +108,8 @@ def empty(out: int, width: int, format: str) -> Packed:
         return Packed(torch.empty(out, width, dtype=torch.bfloat16 if kind else torch.float32), None, out, width)
     blocks, groups = -(-out // LANES), -(-width // GROUP)
     if kind == 2:
-        weight, scale = torch.empty(blocks, groups * 8, LANES, 4, dtype=torch.uint8), torch.empty(blocks * LANES)
+        weight = torch.empty(blocks, groups * 8, LANES, 4, dtype=torch.uint8)
+        scale = torch.empty(blocks * LANES, dtype=torch.float32)
     else:
         weight = torch.empty(blocks, groups, 4, LANES, 4, dtype=torch.uint8)
         scale = torch.empty(blocks, groups, LANES, dtype=torch.bfloat16)
@@ -135,7 +138,7 @@ def _unpack(weight: Tensor, scale: Tensor | None, out: int, width: int, rows: Te
             raise IndexError(f"rows {low} to {high} of a matrix with {out}")
     if MISSING is not None or weight.device.type != "cpu":
         return unpack_torch(packed, rows).to(dtype, copy=True)
-    result = torch.empty(out if rows is None else len(rows), width, dtype=dtype)
+    result = weight.new_empty(out if rows is None else len(rows), width, dtype=dtype)
     call(
         "ev_product_unpack",
         packed.kind,
@@ -204,8 +207,8 @@ def product(x: Tensor, packed: Packed) -> Tensor:
 def _multiply(x: Tensor, weight: Tensor, scale: Tensor | None, out: int) -> Tensor:
     rows, width = x.shape
     kind = Packed(weight, scale, out, width).kind
-    y = x.new_empty(rows, out)
-    scratch = torch.empty(count("ev_product_scratch", kind, out, width, min(rows, MAX_ROWS)), dtype=torch.uint8)
+    y, row = x.new_empty(rows, out), count("ev_product_scratch", kind, out, width, 1)
+    scratch = x.new_empty(row * min(rows, MAX_ROWS), dtype=torch.uint8)
     pieces = [(x, y)] if rows <= MAX_ROWS else zip(x.split(MAX_ROWS), y.split(MAX_ROWS), strict=True)
     for part, into in pieces:
         call(
@@ -217,7 +220,7 @@ def _multiply(x: Tensor, weight: Tensor, scale: Tensor | None, out: int) -> Tens
             scale,
             len(part),
             part,
-            scratch,
+            scratch if len(part) * row == len(scratch) else scratch[: len(part) * row],
             into,
             torch.get_num_threads(),
         )

@@ -326,7 +326,8 @@ extern "C" {
 
 int64_t ev_program_instruction_bytes() { return sizeof(Instruction); }
 
-void ev_program_run(const Instruction *program, int64_t length, const int64_t *tokens, int64_t threads) {
+// `tokens` has `rows` ids. Returns 0: nothing here asks for memory.
+int64_t ev_program_run(const Instruction *program, int64_t length, const int64_t *tokens, int64_t rows, int64_t threads) {
   Barrier barrier;
 #pragma omp parallel num_threads(threads)
   {
@@ -350,6 +351,7 @@ void ev_program_run(const Instruction *program, int64_t length, const int64_t *t
       if (i + 1 < length && (shared || program[i + 1].shared)) barrier.meet(threads, [&] { return next.piece(); });
     }
   }
+  return 0;
 }
 
 }  // extern "C"

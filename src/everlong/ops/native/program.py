@@ -100,8 +100,10 @@ class Program:
 
     def finish(self) -> None:
         """Give every buffer its place and encode the list."""
-        self.arena = torch.zeros(_lay_out(self._buffers()), dtype=torch.float32)
-        assert ctypes.sizeof(_CInstruction) == count("ev_program_instruction_bytes"), "program.cpp has another layout"
+        if count("ev_program_instruction_bytes") != ctypes.sizeof(_CInstruction):
+            raise RuntimeError("the kernels know another form of instructions; build them again: make kernels")
+        self.arena = torch.zeros(_lay_out(self._buffers()), dtype=torch.float32, device="cpu")
+        self.rows = max((int(i.size[0]) for i in self.instructions if i.name == "embed"), default=0)  # token ids read
         self.encoded = (_CInstruction * len(self.instructions))()
         for line, instruction in zip(self.encoded, self.instructions, strict=True):
             self._encode(line, instruction)
@@ -150,6 +152,7 @@ class Program:
             ctypes.addressof(self.encoded) + begin * size,
             end - begin,
             tokens,
+            self.rows or tokens.numel(),
             1 if waiting.look() else torch.get_num_threads(),  # threads meet often: not on cores that others want
         )
 

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <vector>
 
+#include "memory.h"
 #include "vec.h"
 
 using namespace ev;
@@ -113,29 +114,33 @@ Gates<T> gates(const int64_t *sizes, const void *x, const void *r, const void *i
 
 extern "C" {
 
-void ev_rg_lru_gates(int64_t half, int64_t tokens, int64_t heads, int64_t n, const void *x, const void *r,
+int64_t ev_rg_lru_gates(int64_t half, int64_t tokens, int64_t heads, int64_t n, const void *x, const void *r,
                      int64_t r_token, int64_t r_head, const void *i, int64_t i_token, int64_t i_head,
                      const float *r_bias, const float *i_bias, const float *decay, const uint8_t *first, float *g,
                      float *b, int64_t threads) {
-  const int64_t sizes[] = {tokens, heads, n, r_token, r_head, i_token, i_head};
-  if (half)
-    gates<bf16>(sizes, x, r, i, r_bias, i_bias, decay, first).forward(g, b, threads);
-  else
-    gates<float>(sizes, x, r, i, r_bias, i_bias, decay, first).forward(g, b, threads);
+  return status([&] {
+    const int64_t sizes[] = {tokens, heads, n, r_token, r_head, i_token, i_head};
+    if (half)
+      gates<bf16>(sizes, x, r, i, r_bias, i_bias, decay, first).forward(g, b, threads);
+    else
+      gates<float>(sizes, x, r, i, r_bias, i_bias, decay, first).forward(g, b, threads);
+  });
 }
 
-void ev_rg_lru_gates_backward(int64_t half, int64_t tokens, int64_t heads, int64_t n, const void *x, const void *r,
+int64_t ev_rg_lru_gates_backward(int64_t half, int64_t tokens, int64_t heads, int64_t n, const void *x, const void *r,
                               int64_t r_token, int64_t r_head, const void *i, int64_t i_token, int64_t i_head,
                               const float *r_bias, const float *i_bias, const float *decay, const uint8_t *first,
                               const float *gg, const float *gb, void *gx, void *gr, void *gi, float *sums,
                               int64_t parts) {
-  const int64_t sizes[] = {tokens, heads, n, r_token, r_head, i_token, i_head};
-  if (half)
-    gates<bf16>(sizes, x, r, i, r_bias, i_bias, decay, first)
-        .backward(gg, gb, (bf16 *)gx, (bf16 *)gr, (bf16 *)gi, sums, parts);
-  else
-    gates<float>(sizes, x, r, i, r_bias, i_bias, decay, first)
-        .backward(gg, gb, (float *)gx, (float *)gr, (float *)gi, sums, parts);
+  return status([&] {
+    const int64_t sizes[] = {tokens, heads, n, r_token, r_head, i_token, i_head};
+    if (half)
+      gates<bf16>(sizes, x, r, i, r_bias, i_bias, decay, first)
+          .backward(gg, gb, (bf16 *)gx, (bf16 *)gr, (bf16 *)gi, sums, parts);
+    else
+      gates<float>(sizes, x, r, i, r_bias, i_bias, decay, first)
+          .backward(gg, gb, (float *)gx, (float *)gr, (float *)gi, sums, parts);
+  });
 }
 
 }  // extern "C"

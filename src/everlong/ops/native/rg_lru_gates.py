@@ -20,7 +20,7 @@ def _call(name: str, inputs: tuple[Any, ...], *outputs: Tensor | int) -> None:
     (a, *r_steps), (b, *i_steps) = _heads(r), _heads(i)
     sizes = (int(x.dtype == torch.bfloat16), first.numel(), *r.shape[-2:])
     fixed = (r_bias, i_bias, decay, first)
-    call(name, *sizes, x, a.data_ptr(), *r_steps, b.data_ptr(), *i_steps, *fixed, *outputs)
+    call(name, *sizes, x, a, *r_steps, b, *i_steps, *fixed, *outputs)
 
 
 def _heads(x: Tensor) -> tuple[Tensor, int, int]:
@@ -40,7 +40,7 @@ def _forward(
     x: Tensor, r: Tensor, i: Tensor, r_bias: Tensor, i_bias: Tensor, decay: Tensor, first: Tensor
 ) -> tuple[Tensor, Tensor]:
     """g and b [... C], fp32; x [... C], r and i [... H n] in one dtype, the others in fp32."""
-    g, b = torch.empty(x.shape), torch.empty(x.shape)
+    g, b = (x.new_empty(x.shape, dtype=torch.float32) for _ in range(2))
     _call("ev_rg_lru_gates", (x, r, i, r_bias, i_bias, decay, first), g, b, threads_for(x.numel()))
     return g, b
 
@@ -58,9 +58,9 @@ def _backward(
     first: Tensor,
 ) -> list[Tensor]:
     """Gradients of x, r, i (in their dtype), and of r_bias, i_bias and decay, one after the other [3 C] (fp32)."""
-    gx, gr, gi = (torch.empty(part.shape, dtype=x.dtype) for part in (x, r, i))
+    gx, gr, gi = (x.new_empty(part.shape) for part in (x, r, i))
     parts = threads_for(x.numel())
-    sums = torch.empty(parts, 3, decay.numel())
+    sums = decay.new_empty(parts, 3, decay.numel())
     inputs = (x, r, i, r_bias, i_bias, decay, first)
     _call("ev_rg_lru_gates_backward", inputs, gg.contiguous(), gb.contiguous(), gx, gr, gi, sums, parts)
     return [gx, gr, gi, sums.sum(0)]

@@ -5,6 +5,7 @@
 // pass keeps the states at every CHUNK-th token; the backward pass recomputes the others from them.
 #include <vector>
 
+#include "memory.h"
 #include "vec.h"
 
 using namespace ev;
@@ -218,12 +219,12 @@ struct Backward {
 
   void run(int groups, int threads) const {
     const int64_t blocks = (s.channels + W - 1) / W;
+    Attempts memory;
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
     for (int64_t b = 0; b < s.batch; b++)
-      for (int64_t group = 0; group < groups; group++) {
-        const int64_t first = blocks * group / groups, last = blocks * (group + 1) / groups;
-        task(b, group, first, last);
-      }
+      for (int64_t group = 0; group < groups; group++)
+        memory.attempt([&] { task(b, group, blocks * group / groups, blocks * (group + 1) / groups); });
+    memory.check();
   }
 };
 
@@ -241,25 +242,29 @@ extern "C" {
 
 int ev_selective_scan_chunk() { return CHUNK; }
 
-void ev_selective_scan(int64_t half, int64_t batch, int64_t time, int64_t channels, int64_t keys, const void *x,
+int64_t ev_selective_scan(int64_t half, int64_t batch, int64_t time, int64_t channels, int64_t keys, const void *x,
                        const void *dt, const float *bias, const float *A, const float *B, const float *C, const float *D, const float *state,
                        const uint8_t *starts, void *y, float *final_state, float *kept, int64_t threads) {
-  auto run = half ? forward_any<bf16> : forward_any<float>;
-  run({batch, time, channels, keys}, x, dt, bias, A, B, C, D, state, starts, y, final_state, kept, int(threads));
+  return status([&] {
+    auto run = half ? forward_any<bf16> : forward_any<float>;
+    run({batch, time, channels, keys}, x, dt, bias, A, B, C, D, state, starts, y, final_state, kept, int(threads));
+  });
 }
 
-void ev_selective_scan_backward(int64_t half, int64_t batch, int64_t time, int64_t channels, int64_t keys, const void *x,
+int64_t ev_selective_scan_backward(int64_t half, int64_t batch, int64_t time, int64_t channels, int64_t keys, const void *x,
                                 const void *dt, const float *bias, const float *A, const float *B, const float *C, const float *D,
                                 const float *kept, const uint8_t *starts, const void *gy, const float *gfinal, float *gx,
                                 float *gdt, float *gA, float *gB, float *gC, float *gD, float *gstate, int64_t groups,
                                 int64_t threads) {
-  const Shape s{batch, time, channels, keys};
-  if (half)
-    Backward<bf16>{s, (const bf16 *)x, (const bf16 *)dt, (const bf16 *)gy, {bias}, B, C, A, D, kept,
-                   gfinal, starts, gx, gdt, gA, gB, gC, gD, gstate}.run(int(groups), int(threads));
-  else
-    Backward<float>{s, (const float *)x, (const float *)dt, (const float *)gy, {bias}, B, C, A, D,
-                    kept, gfinal, starts, gx, gdt, gA, gB, gC, gD, gstate}.run(int(groups), int(threads));
+  return status([&] {
+    const Shape s{batch, time, channels, keys};
+    if (half)
+      Backward<bf16>{s, (const bf16 *)x, (const bf16 *)dt, (const bf16 *)gy, {bias}, B, C, A, D, kept,
+                     gfinal, starts, gx, gdt, gA, gB, gC, gD, gstate}.run(int(groups), int(threads));
+    else
+      Backward<float>{s, (const float *)x, (const float *)dt, (const float *)gy, {bias}, B, C, A, D,
+                      kept, gfinal, starts, gx, gdt, gA, gB, gC, gD, gstate}.run(int(groups), int(threads));
+  });
 }
 
 }  // extern "C"

@@ -4,6 +4,7 @@
 // from x, a chunk of tokens at a time, and keeps the gradient of z of that chunk in the cache.
 #include <vector>
 
+#include "memory.h"
 #include "vec.h"
 
 using namespace ev;
@@ -48,23 +49,28 @@ struct Conv {
 
   void forward(T *y, int64_t threads) const {
     const int64_t chunks = (time + CHUNK - 1) / CHUNK;
+    Attempts memory;
 #pragma omp parallel num_threads(threads)
     {
-      std::vector<const T *> rows(width);
+      std::vector<const T *> rows;
+      memory.attempt([&] { rows.resize(width); });
 #pragma omp for schedule(static)
-      for (int64_t q = 0; q < batch * chunks; q++) {
-        const int64_t b = q / chunks, begin = q % chunks * CHUNK;
-        const int64_t end = begin + CHUNK < time ? begin + CHUNK : time;
-        for (int64_t t = begin; t < end; t++) {
-          const int64_t n = reach(b, t);
-          rows_of(b, t, n, rows.data());
-          T *out = y + (b * time + t) * channels;
-          if (n == 4)
-            silu ? whole<4, true>(rows.data(), out) : whole<4, false>(rows.data(), out);
-          else
-            part(rows.data(), n, 0, out);
-        }
-      }
+      for (int64_t q = 0; q < batch * chunks; q++)
+        memory.attempt([&] { chunk(q / chunks, q % chunks * CHUNK, rows.data(), y); });
+    }
+    memory.check();
+  }
+
+  void chunk(int64_t b, int64_t begin, const T **rows, T *y) const {
+    const int64_t end = begin + CHUNK < time ? begin + CHUNK : time;
+    for (int64_t t = begin; t < end; t++) {
+      const int64_t n = reach(b, t);
+      rows_of(b, t, n, rows);
+      T *out = y + (b * time + t) * channels;
+      if (n == 4)
+        silu ? whole<4, true>(rows, out) : whole<4, false>(rows, out);
+      else
+        part(rows, n, 0, out);
     }
   }
 
@@ -197,8 +203,10 @@ struct Backward {
   void run(int64_t groups, int64_t threads) const {
     const Conv<T> &s = conv;
     const int64_t chunks = (s.time + CHUNK - 1) / CHUNK, tasks = s.batch * chunks;
+    Attempts memory;
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t group = 0; group < groups; group++) {
+    for (int64_t group = 0; group < groups; group++)
+      memory.attempt([&] {
       std::vector<float> gz((CHUNK + s.width - 1) * BLOCK), sums((s.width + 1) * BLOCK);
       std::vector<const T *> rows(s.width);
       std::vector<const float *> from(s.width);
@@ -211,7 +219,8 @@ struct Backward {
           std::memcpy(gtaps + (group * s.width + s.width - 1 - j) * s.channels + c0, &sums[j * (c1 - c0)], size);
         std::memcpy(gbias + group * s.channels + c0, &sums[s.width * (c1 - c0)], size);
       }
-    }
+      });
+    memory.check();
   }
 };
 
@@ -219,27 +228,31 @@ struct Backward {
 
 extern "C" {
 
-void ev_short_conv(int64_t half, int64_t silu, int64_t batch, int64_t time, int64_t channels, int64_t width,
+int64_t ev_short_conv(int64_t half, int64_t silu, int64_t batch, int64_t time, int64_t channels, int64_t width,
                    const void *x, int64_t x_batch, int64_t x_time, const void *state, const float *taps,
                    const float *bias, const uint8_t *starts, void *y, int64_t threads) {
-  if (half)
-    Conv<bf16>{batch, time, channels, width, (const bf16 *)x, x_batch, x_time, (const bf16 *)state, taps, bias, starts,
-               silu != 0}.forward((bf16 *)y, threads);
-  else
-    Conv<float>{batch, time, channels, width, (const float *)x, x_batch, x_time, (const float *)state, taps, bias,
-                starts, silu != 0}.forward((float *)y, threads);
+  return status([&] {
+    if (half)
+      Conv<bf16>{batch, time, channels, width, (const bf16 *)x, x_batch, x_time, (const bf16 *)state, taps, bias, starts,
+                 silu != 0}.forward((bf16 *)y, threads);
+    else
+      Conv<float>{batch, time, channels, width, (const float *)x, x_batch, x_time, (const float *)state, taps, bias,
+                  starts, silu != 0}.forward((float *)y, threads);
+  });
 }
 
-void ev_short_conv_backward(int64_t half, int64_t silu, int64_t batch, int64_t time, int64_t channels, int64_t width,
+int64_t ev_short_conv_backward(int64_t half, int64_t silu, int64_t batch, int64_t time, int64_t channels, int64_t width,
                             const void *x, int64_t x_batch, int64_t x_time, const void *state, const float *taps,
                             const float *bias, const uint8_t *starts, const void *gy, void *gx, float *gtaps,
                             float *gbias, float *gstate, int64_t groups, int64_t threads) {
-  if (half)
-    Backward<bf16>{{batch, time, channels, width, (const bf16 *)x, x_batch, x_time, (const bf16 *)state, taps, bias,
-                    starts, silu != 0}, (const bf16 *)gy, (bf16 *)gx, gtaps, gbias, gstate}.run(groups, threads);
-  else
-    Backward<float>{{batch, time, channels, width, (const float *)x, x_batch, x_time, (const float *)state, taps, bias,
-                     starts, silu != 0}, (const float *)gy, (float *)gx, gtaps, gbias, gstate}.run(groups, threads);
+  return status([&] {
+    if (half)
+      Backward<bf16>{{batch, time, channels, width, (const bf16 *)x, x_batch, x_time, (const bf16 *)state, taps, bias,
+                      starts, silu != 0}, (const bf16 *)gy, (bf16 *)gx, gtaps, gbias, gstate}.run(groups, threads);
+    else
+      Backward<float>{{batch, time, channels, width, (const float *)x, x_batch, x_time, (const float *)state, taps, bias,
+                       starts, silu != 0}, (const float *)gy, (float *)gx, gtaps, gbias, gstate}.run(groups, threads);
+  });
 }
 
 }  // extern "C"

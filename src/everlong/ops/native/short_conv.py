@@ -21,7 +21,7 @@ def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, starts: Tensor | None, silu: bool
 ) -> Tensor:
     """y [B T C]; x and state in one dtype, weight and bias in fp32."""
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = x.new_empty(x.shape)
     _call("ev_short_conv", (x, weight, bias, state, starts, silu), y, threads_for(x.numel()))
     return y
 
@@ -32,7 +32,7 @@ def _call(name: str, inputs: tuple[Any, ...], *outputs: Any) -> None:
     bias = taps.new_zeros(x.shape[2]) if bias is None else bias
     half = int(x.dtype == torch.bfloat16)
     sizes = (*x.shape, weight.shape[1])
-    call(name, half, int(silu), *sizes, x.data_ptr(), *x.stride()[:2], state, taps, bias, starts, *outputs)
+    call(name, half, int(silu), *sizes, x, *x.stride()[:2], state, taps, bias, starts, *outputs)
 
 
 @_forward.register_fake
@@ -46,7 +46,7 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of x (in its dtype), weight, bias and the state (fp32)."""
     (channels, width), threads = weight.shape, threads_for(x.numel())
-    gx, gstate = torch.empty(x.shape, dtype=x.dtype), weight.new_empty(state.shape)
+    gx, gstate = x.new_empty(x.shape), weight.new_empty(state.shape)
     gtaps, gbias = weight.new_empty(threads, width, channels), weight.new_empty(threads, channels)
     inputs = (x, weight, bias, state, starts, silu)
     _call("ev_short_conv_backward", inputs, gy.contiguous(), gx, gtaps, gbias, gstate, threads, threads)

@@ -2,8 +2,10 @@
 // the first cache, transposes. Every working matrix has rows of a multiple of LANES floats, zero where padded.
 #pragma once
 #include <algorithm>
+#include <optional>
 #include <vector>
 
+#include "memory.h"
 #include "vec.h"
 
 #define EV_INLINE inline __attribute__((always_inline))
