@@ -348,8 +348,8 @@ def test_a_model_made_under_a_default_has_its_dtype(name, dtype):
             decoder = Decoder(model, 2)
             decoder.load(state)
             played, want = decoder.step(tokens[:, 0]), model.step(tokens[:, 0], state)[0]
-    numerics.assert_close(split, logits[:, 5:], "split", None if dtype == torch.float64 else 5e-2)
-    numerics.assert_close(played.to(want.dtype), want, "decoder", None if dtype == torch.float64 else 5e-2)
+    numerics.assert_close(split, logits[:, 5:], "split")
+    numerics.assert_close(played.to(want.dtype), want, "decoder")
     assert [x.dtype for x in leaves_of(after)] == [x.dtype for x in leaves_of(state)]
 
 

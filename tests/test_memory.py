@@ -38,19 +38,19 @@ def test_sizes_are_counted_exactly(name):
 
 
 HUGE = {
-    "width": lambda: simple_model("gla", 100_000, 4, 256),
-    "layers": lambda: simple_model("gla", 1024, 20_000, 256),
-    "vocabulary": lambda: described("gla", vocab_size=2**40),
-    "width beyond 64 bits": lambda: described("gla", d_model=2**62),
-    "expand": lambda: described(find("mamba").Config(expand=2**31)),
+    "a usual width": lambda: simple_model("gla", 100_000, 4, 256),
+    "layers": lambda: simple_model("gla", 1024, 10_000, 256),
+    "vocabulary": lambda: described("gla", vocab_size=2**31 - 1),
+    "width": lambda: described("gla", d_model=2**31 - 2**10),
+    "expand": lambda: described(find("mamba").Config(expand=2**24)),
     "hidden": lambda: described(
-        "gla", layers=(Layer.Config(mixer=find("gla").Config(), mlp=MLP.Config(hidden=2**40)),)
+        "gla", layers=(Layer.Config(mixer=find("gla").Config(), mlp=MLP.Config(hidden=2**31 - 1)),)
     ),
-    "infinite": lambda: described(
-        "gla", layers=(Layer.Config(mixer=find("gla").Config(), mlp=MLP.Config(expand=float("inf"))),)
+    "expanded feed-forward": lambda: described(
+        "gla", layers=(Layer.Config(mixer=find("gla").Config(), mlp=MLP.Config(expand=1e7)),)
     ),
-    "window": lambda: described(find("attention").Config(window=2**40)),
-    "filter layers": lambda: described(find("hyena").Config(filter_layers=2**31)),
+    "window": lambda: described(find("attention").Config(window=2**31 - 1)),
+    "filter layers": lambda: described(find("hyena").Config(filter_layers=2**31 - 1)),
 }
 
 

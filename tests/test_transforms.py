@@ -25,6 +25,7 @@ from everlong.ops.cases import Case as Inputs
 from everlong.ops.gated_norm import gated_norm
 from everlong.ops.linear import Linear, linear
 from everlong.ops.linear_attention import linear_attention
+from everlong.ops.transforms import transforming
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 LONG = 67  # tokens: more than a chunk of any form, and a rest
@@ -195,3 +196,17 @@ def test_compiled_gradients_per_sample(name):
     got, want = torch.compile(each, backend="eager")(*given), each(*given)
     for key, theirs in want.items():
         case.same(got[key], theirs, f"compiled gradient of {key}")
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_graph_is_no_transform(backend):
+    def told(x):
+        return x + 1 if transforming() else x.clone()
+
+    zeros = torch.zeros(2, 3)
+    torch._dynamo.reset()
+    compiled = torch.compile(told, backend=backend, fullgraph=True)
+    assert torch.equal(compiled(zeros), zeros)
+    assert torch.equal(vmap(told)(zeros), zeros + 1)
+    assert torch.equal(torch.compile(vmap(told), backend=backend, fullgraph=True)(zeros), zeros + 1)
+    assert torch.equal(compiled(zeros), zeros)

@@ -17,7 +17,8 @@ from .transforms import transforming
 
 def as_complex(x: Tensor) -> Tensor:
     """``torch.view_as_complex`` of x [... 2], of a copy where x does not lie in pairs in memory."""
-    if x.stride(-1) != 1 or x.storage_offset() % 2 or any(step % 2 for step in x.stride()[:-1]):
+    odd = torch.compiler.is_compiling() or x.storage_offset() % 2  # a graph cannot ask where memory begins
+    if x.stride(-1) != 1 or odd or any(step % 2 for step in x.stride()[:-1]):
         x = x.clone(memory_format=torch.contiguous_format)
     return torch.view_as_complex(x)
 
