@@ -60,7 +60,13 @@ def choose(table: tuple[Impl, ...], inputs: dict[str, Any], backend: str | None)
 
 
 def run(table: tuple[Impl, ...], inputs: dict[str, Any], backend: str | None) -> Any:
-    """Run the op of ``table`` on ``inputs`` with the chosen row, outside autocast (accumulation stays fp32)."""
+    """Run the op of ``table`` on ``inputs`` with the chosen row, outside autocast (accumulation stays fp32).
+
+    ``ValueError`` for tensors without strides: PyTorch computes wrong numbers from some of them.
+    """
+    for name, x in inputs.items():
+        if isinstance(x, torch.Tensor) and x.layout is not torch.strided:
+            raise ValueError(f"{name} is {x.layout}, an op takes tensors with strides; hand it {name}.to_dense()")
     device = next(x.device.type for x in inputs.values() if isinstance(x, torch.Tensor))
     with torch.autocast(device, enabled=False):
         return choose(table, inputs, backend).run(**inputs)
