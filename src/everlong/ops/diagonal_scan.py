@@ -58,7 +58,9 @@ def diagonal_scan_chunk(b: Tensor, g: Tensor, *, state: Tensor, starts: Tensor |
         h, final = diagonal_scan_chunk(next(parts), g.repeat_interleave(2, dim=-1), state=next(parts), starts=starts)
         return torch.view_as_complex(h.unflatten(-1, (-1, 2))), torch.view_as_complex(final.unflatten(-1, (-1, 2)))
     h, _ = _scan_op(b.to(state.dtype), g.to(state.dtype), state, starts)
-    return _as_output(h, b), h[:, -1].clone()  # a view would keep all of h alive with the state
+    return _as_output(h, b), (
+        h[:, -1] if b.shape[1] else state
+    ).clone()  # a view would keep all of h alive with the state
 
 
 def _wide(x: Tensor, state: Tensor) -> torch.dtype:
@@ -95,6 +97,8 @@ def _scan_op(b: Tensor, g: Tensor, state: Tensor, starts: Tensor | None) -> tupl
 @custom_op("everlong::diagonal_scan_backward", mutates_args=())
 def _backward_op(dh: Tensor, h: Tensor, decay: Tensor, state: Tensor, invariant: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of b, g and state from that of all h."""
+    if not dh.shape[1]:
+        return torch.empty_like(dh), dh.new_zeros(dh.shape[2:] if invariant else dh.shape), torch.zeros_like(state)
     decay = decay.conj().resolve_conj()
     db = torch.empty_like(dh, memory_format=torch.contiguous_format)
     db[:, -1] = dh[:, -1]

@@ -65,8 +65,12 @@ def run(table: tuple[Impl, ...], inputs: dict[str, Any], backend: str | None, se
     """Run the op of ``table`` on ``inputs`` with the chosen row, outside autocast (accumulation stays fp32).
 
     An op whose inputs have ``starts`` names its ``sequence``, the inputs with a time axis: NaN and infinity then stay
-    in the document that they are in.
+    in the document that they are in. ``ValueError`` for tensors without strides: PyTorch computes wrong numbers from
+    some of them.
     """
+    for name, x in inputs.items():
+        if isinstance(x, torch.Tensor) and x.layout is not torch.strided:
+            raise ValueError(f"{name} is {x.layout}, an op takes tensors with strides; hand it {name}.to_dense()")
     device = next(x.device.type for x in inputs.values() if isinstance(x, torch.Tensor))
     with torch.autocast(device, enabled=False):
         if inputs.get("starts") is None:

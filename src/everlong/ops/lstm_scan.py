@@ -92,7 +92,7 @@ def _replay(tape: Tape, dy: Tensor, dstate: Tensor, recurrent: Tensor, starts: T
     by_o, outputs = (tape.bent * o * (1 - o)).unbind(0), (o * (1 - tape.bent.square())).unbind(0)
     begins = None if starts is None else starts.t()[..., None].unbind(0)
     grads, dys, keeps = torch.empty_like(tape.gates), dy.unbind(1), f.unbind(0)
-    dh, dc = dstate[:, 0] + dys[-1], dstate[:, 1].clone()
+    dh, dc = dstate[:, 0] + (dys[-1] if dys else 0), dstate[:, 1].clone()
     for t in range(len(dys) - 1, -1, -1):
         dc.addcmul_(dh, outputs[t])
         torch.mul(dc[:, None], by_c[t], out=grads[t, :, :3])

@@ -49,7 +49,7 @@ def max_plus_scan_chunk(x: Tensor, g: Tensor, *, state: Tensor, starts: Tensor |
         m = torch.cat([m[:, :span], longer], dim=1)
         reach = torch.cat([reach[:, :span], reach[:, span:] + reach[:, :-span]], dim=1)
         span *= 2
-    return m.to(out_dtype), m[:, -1].clone()  # a view would keep all of m in memory
+    return m.to(out_dtype), (m[:, -1] if x.shape[1] else state).clone()  # a view would keep all of m in memory
 
 
 TABLE = (

@@ -118,7 +118,7 @@ def windows(x: Tensor, state: Tensor, starts: Tensor | None) -> tuple[Tensor, Te
 
 def _tiles(x: Tensor) -> list[slice]:
     """Rows of the batch taken together: as many as stay in the cache through all taps."""
-    size = max(1, TILE // x[0].numel())
+    size = max(1, TILE // max(1, x.shape[1:].numel()))
     return [slice(row, row + size) for row in range(0, len(x), size)]
 
 

@@ -148,7 +148,7 @@ def _replay(
     begins = None if starts is None else starts.t()[:, None, :, None].unbind(0)
     outputs, by_c, by_n, by_o = (factor.unbind(0) for factor in factors)
     keeps, dys, back = tape.gates[:, :, :, 1:].unbind(0), dy.permute(1, 2, 0, 3).unbind(0), recurrent.mT
-    dh, dmemory, dm = dstate[0] + dys[-1], dstate[1:3].permute(1, 2, 0, 3).contiguous(), dstate[3]
+    dh, dmemory, dm = dstate[0] + (dys[-1] if dys else 0), dstate[1:3].permute(1, 2, 0, 3).contiguous(), dstate[3]
     by_m, decays = _winners(tape) if top else ((), ())
     for t in range(len(dys) - 1, -1, -1):
         grad = grads[t]

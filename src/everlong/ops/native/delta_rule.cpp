@@ -382,7 +382,7 @@ struct Backward : Problem<T> {
       std::copy_n((float *)item.S, width * item.columns, (float *)w.turned);
       turn_state(w.turned, width, item.columns, item.S);
     }
-    for (int64_t begin = (p.time - 1) / p.span * p.span; begin >= 0; begin -= p.span) {
+    for (int64_t begin = (blocks(p.time, p.span) - 1) * p.span; begin >= 0; begin -= p.span) {
       load_chunk(p, row, h, begin, p.end(begin) - begin, w.chunk);
       std::fill_n((float *)w.slopes.lines, 5 * (p.span + 1) * width, 0.0f);
       for (auto &item : w.items) turn(row, begin, item, w);

@@ -167,6 +167,7 @@ struct Scan {
 // run(row, c0, c1) over rows and blocks of lanes, at least one task per thread where there are lanes enough.
 template <class F>
 void tasks(const Shape s, int64_t threads, F run) {
+  if (!s.batch || !s.width) return;
   int64_t blocks = (threads + s.batch - 1) / s.batch;
   if (blocks < (s.width + BLOCK - 1) / BLOCK) blocks = (s.width + BLOCK - 1) / BLOCK;
   const int64_t size = ((s.width + blocks - 1) / blocks + W - 1) / W * W;

@@ -328,7 +328,7 @@ struct Backward : Problem<T> {
     auto &items = w.items;
     set_items(p, gfinal, b, group * count + count * part / parts, group * count + count * (part + 1) / parts, items);
     w.turn.forget();
-    for (int64_t begin = (p.time - 1) / p.span * p.span; begin >= 0; begin -= p.span) {
+    for (int64_t begin = (blocks(p.time, p.span) - 1) * p.span; begin >= 0; begin -= p.span) {
       const int64_t n = p.end(begin) - begin;
       for (Buffer *sums : {&w.gq, &w.gk}) std::fill_n((float *)*sums, p.span * width, 0.0f);
       std::fill_n((float *)w.raw, p.span * C, 0.0f);

@@ -46,7 +46,7 @@ def _layout(x: Tensor, z: Tensor | None, group: int) -> tuple[Any, ...]:
         else:
             x, mine, step = rows(x.contiguous(), theirs)
     count = x.numel() // max(1, x.shape[-1])
-    return count // mine, mine, x.shape[-1], x, step, z, z_step
+    return count // max(1, mine), mine, x.shape[-1], x, step, z, z_step
 
 
 def _call_gate(name: str, x: Tensor, z: Tensor, act: int, *outputs: Tensor) -> None:

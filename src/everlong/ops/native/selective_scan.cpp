@@ -194,7 +194,7 @@ struct Backward {
       gather(gfinal + (b * N + j * W) * K, K, lanes, &work.lambda[(j - first) * K]);
       gather(A + j * W * K, K, lanes, &work.A[(j - first) * K]);
     }
-    for (int64_t begin = (s.time - 1) / CHUNK * CHUNK; begin >= 0; begin -= CHUNK) {
+    for (int64_t begin = ((s.time + CHUNK - 1) / CHUNK - 1) * CHUNK; begin >= 0; begin -= CHUNK) {
       const int64_t end = begin + CHUNK < s.time ? begin + CHUNK : s.time;
       for (auto &v : work.gB) v = vf{};
       for (auto &v : work.gC) v = vf{};

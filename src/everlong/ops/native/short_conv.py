@@ -46,7 +46,7 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of x (in its dtype), weight, bias and the state (fp32)."""
     (channels, width), threads = weight.shape, threads_for(x.numel())
-    gx, gstate = x.new_empty(x.shape), weight.new_empty(state.shape)
+    gx, gstate = x.new_empty(x.shape), weight.new_zeros(state.shape)  # the kernel writes it where there are tokens
     gtaps, gbias = weight.new_empty(threads, width, channels), weight.new_empty(threads, channels)
     inputs = (x, weight, bias, state, starts, silu)
     _call("ev_short_conv_backward", inputs, gy.contiguous(), gx, gtaps, gbias, gstate, threads, threads)

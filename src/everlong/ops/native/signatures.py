@@ -93,6 +93,7 @@ ev_short_conv_backward half silu B T C W  L=B*(W-1)*C
 
 ev_waiting_team threads
 """
+NEEDED = ("G", "H", "K", "V", "C", "W", "D", "n")  # sizes that are no 0: batch and time may be
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "u8": torch.uint8, "i64": torch.int64, "bool": torch.bool}
 INDEXED = (torch.float32, torch.bfloat16, torch.uint8)  # of a dtype that an integer names
 MEMORY = re.compile(r"(\w+)([?!]?)([:@])(\w+)\[([^]]*)]")
@@ -130,6 +131,13 @@ class Signature:
                 called, _, kind = word.partition(":")
                 self.names.append(called)
                 self.types.append(_TYPES[kind])
+        needed = [
+            name for name in self.names if name in NEEDED and self.types[self.names.index(name)] is ctypes.c_int64
+        ]
+        if needed:
+            sizes.append(
+                f"if not ({' and '.join(needed)}): raise ValueError({name!r} + ': {' '.join(needed)} cannot be 0')"
+            )
         lines = [f"def wanted({', '.join(self.names)}):", *sizes, f"return ({', '.join(wanted)},)"]
         scope = dict(globals())
         exec("\n    ".join(lines), scope)  # the table above, as a function
