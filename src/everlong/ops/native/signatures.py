@@ -138,7 +138,7 @@ class Signature:
             sizes.append(
                 f"if not ({' and '.join(needed)}): raise ValueError({name!r} + ': {' '.join(needed)} cannot be 0')"
             )
-        lines = [f"def wanted({', '.join(self.names)}):", *sizes, f"return ({', '.join(wanted)},)"]
+        lines = [f"def wanted({', '.join(self.names)}):", *sizes, f"return ({''.join(f'{one}, ' for one in wanted)})"]
         scope = dict(globals())
         exec("\n    ".join(lines), scope)  # the table above, as a function
         self.wanted = scope["wanted"]

@@ -47,12 +47,19 @@ class _Team:
         ready, leave = threading.Event(), threading.Event()
 
         def idle() -> None:
-            call("ev_waiting_team", usable_cores() + 1)
-            ready.set()
+            try:
+                call("ev_waiting_team", usable_cores() + 1)
+            finally:
+                ready.set()
             leave.wait()
 
-        self.leave, self.thread = leave, threading.Thread(target=idle, name="everlong-waiting", daemon=True)
-        self.thread.start()
+        thread = threading.Thread(target=idle, name="everlong-waiting", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the process may have no more threads: it goes on without a team
+            self.until = 0.0
+            return
+        self.leave, self.thread = leave, thread
         ready.wait()
 
     def go(self) -> None:
