@@ -75,7 +75,7 @@ def load(
     with torch.device("meta"):
         model = LanguageModel.Config.from_dict(data["model"]).build()
         if saved is not None:
-            prepare(model, saved)
+            prepare(model.float(), saved)  # packed weights stay beside fp32, whatever the default
     _check_tensors(model, tensors, path)
     model.load_state_dict(tensors, assign=True)
     for parameter in model.parameters():

@@ -36,7 +36,7 @@ def rows() -> list[Row]:
 def _row(name: str) -> Row:
     mixer = find(name)
     with torch.device("meta"):
-        layer = mixer.Config().build(WIDTH)
+        layer = mixer.Config().build(WIDTH).float()
     parameters = sum(p.numel() for p in layer.parameters())
     small, large = (state_bytes(layer, length) for length in (1024, 1024**2))
     cost_1k, cost_1m = ((2 * parameters + held) / 1e6 for held in (small, large))  # 4 operations per number of 4 bytes
