@@ -33,7 +33,8 @@ kernels: .venv/run.stamp  ## build the C++ kernels again
 	@touch $@
 
 # The kernels with GCC's checks of every access to memory, in a package of their own, and the tests that call them.
-ASAN = LD_PRELOAD=$$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/asan
+ASAN = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+  PYTHONPATH=build/asan
 BEST = from everlong.ops.native import supported; print(*dict.fromkeys([supported()[0], 'portable']))
 asan: .venv/dev.stamp
 	rm -rf build/asan && mkdir -p build/asan && cp -r src/everlong build/asan/

@@ -1,9 +1,16 @@
 """Every test starts from the same seed; uninitialised memory is poisoned, so reading it shows."""
 
+import contextlib
+import functools
 import signal
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+
+from everlong import config
 
 with torch.device("meta"):  # torch notes once which functions make tensors: before they are replaced below
     torch.zeros(1)
@@ -19,6 +26,22 @@ SLOW = (
 )
 
 
+HERE = str(Path(__file__).parent)
+FACTORIES = [
+    "randn",
+    "rand",
+    "zeros",
+    "ones",
+    "full",
+    "empty",
+    "tensor",
+    "as_tensor",
+    "linspace",
+    "eye",
+    "arange",
+    "normal",
+]
+FP32_MODULES = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Conv1d, nn.RMSNorm)
 DEFAULTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -26,16 +49,57 @@ def pytest_addoption(parser):
     parser.addoption("--default-dtype", choices=DEFAULTS, default="float32", help="PyTorch's default in every test")
 
 
+@contextlib.contextmanager
+def default(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def meaning_fp32(make, anywhere):
+    """``make`` under a default of fp32, where a test calls it itself (or ``anywhere``)."""
+
+    @functools.wraps(make)
+    def made(*args, **kwargs):
+        if anywhere or sys._getframe(1).f_code.co_filename.startswith(HERE):
+            with default(torch.float32):
+                return make(*args, **kwargs)
+        return make(*args, **kwargs)
+
+    return made
+
+
+def subclasses(cls):
+    """The class and all that are made of it."""
+    return {cls}.union(*(subclasses(sub) for sub in cls.__subclasses__()))
+
+
 @pytest.fixture(autouse=True)
-def _default_dtype(request):
-    """What the library computes must not depend on the default: `make dtypes` runs the fast tests under each."""
-    reason = request.node.get_closest_marker("float32")
+def _default_dtype(request, monkeypatch):
+    """What the library computes must not depend on the default: `make dtypes` runs the fast tests under each.
+
+    The tensors that a test makes, and its models, are fp32 as ever; the library works on them under the other default.
+    What it does with models that were made under that default is for tests/test_border.py.
+    """
     name = request.config.getoption("--default-dtype")
-    if reason is not None and name != "float32":
+    reason = request.node.get_closest_marker("float32")
+    if name == "float32":
+        yield
+        return
+    if reason is not None:
         pytest.skip(reason.args[0])
-    torch.set_default_dtype(DEFAULTS[name])
-    yield
-    torch.set_default_dtype(torch.float32)
+    for factory in FACTORIES:
+        monkeypatch.setattr(torch, factory, meaning_fp32(getattr(torch, factory), anywhere=False))
+    for cls in FP32_MODULES:
+        monkeypatch.setattr(cls, "__init__", meaning_fp32(cls.__init__, anywhere=False))
+    for owner in subclasses(config.Config):
+        if "build" in vars(owner):
+            monkeypatch.setattr(owner, "build", meaning_fp32(owner.build, anywhere=True))
+    with default(DEFAULTS[name]):
+        yield
 
 
 def pytest_collection_modifyitems(items):

@@ -194,11 +194,13 @@ class TestOps:
 class TestEngines:
     @pytest.mark.parametrize("name", CONFIGS)
     @pytest.mark.parametrize("weights", ["fp32", "bf16", "int8", "int4"])
+    @pytest.mark.float32("peers are compared in fp32")
     def test_ours_equals_the_functional_forward(self, name, weights):
         engine = engines.Everlong(engines.randomized(CONFIGS[name]), weights)
         assert checks.check_engine(engine, tokens(2)).reason is None
 
     @pytest.mark.parametrize("method", ["read", "step"])
+    @pytest.mark.float32("peers are compared in fp32")
     def test_wrong_logits_are_refused(self, monkeypatch, method):
         right = getattr(engines.Everlong, method)
         monkeypatch.setattr(engines.Everlong, method, lambda self, tokens: 1.01 * right(self, tokens))
@@ -224,6 +226,7 @@ class TestEngines:
         assert engines.Everlong(own, "bf16").nbytes == 2 * (read + decays)
         assert engines.Everlong(own, "int4").nbytes < engines.Everlong(own, "int8").nbytes < 2 * read
 
+    @pytest.mark.float32("peers are compared in fp32")
     def test_integers_are_held_to_the_values_they_stand_for(self):
         engine = engines.Everlong(engines.randomized(CONFIGS["mamba"]), "int4")
         truth, original = engine.truth().layers[0].mixer, engine._original.layers[0].mixer
@@ -231,6 +234,7 @@ class TestEngines:
         assert torch.equal(truth.in_proj.weight, engine.model.layers[0].mixer.in_proj.weight)
         assert torch.equal(truth.A_log, original.A_log)
 
+    @pytest.mark.float32("peers are compared in fp32")
     def test_a_fork_has_a_state_of_its_own(self):
         engine, prompt = engines.Everlong(engines.randomized(CONFIGS["mamba"]), "fp32"), tokens(1, 9)
         engine.read(prompt[:, :8])
@@ -329,6 +333,7 @@ def small_plan(**changes):
 
 
 class TestModels:
+    @pytest.mark.float32("peers are compared in fp32")
     def test_a_whole_run_reads_back(self, tmp_path, copycat, limits, monkeypatch):
         monkeypatch.setattr(run, "Limits", lambda: limits)
         monkeypatch.setattr(limits, "measure", lambda: {"read_gbs": 1.0, "read_by": "test"})
@@ -403,6 +408,7 @@ class TestModels:
             assert torch.get_num_threads() == count == before + 1
         assert torch.get_num_threads() == before
 
+    @pytest.mark.float32("peers are compared in fp32")
     def test_slow_peers_are_left_out(self, copycat):
         rig = models.Rig("tiny", CONFIGS["mamba"], "fp32", small_plan(against=("copy",)))
         rig.speed["copy fp32"] = 0.1
@@ -417,6 +423,7 @@ class TestModels:
         assert {row["status"] for row in rows} == {"mismatch"} and all("tokens_per_second" not in row for row in rows)
 
     @pytest.mark.filterwarnings("ignore")
+    @pytest.mark.float32("peers are compared in fp32")
     def test_training_beside_transformers(self):
         pytest.importorskip("transformers")
         shape = training.Shape(d_model=64, layers=2, batch=1, context=8, dtypes=("fp32",))

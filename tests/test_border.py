@@ -33,6 +33,7 @@ from test_decode import model_of
 from test_native import BUILDS, KERNELS
 from test_ops import MODULES, OPS, Case, is_tensor, op_of
 
+pytestmark = pytest.mark.float32("sets the defaults itself")
 needs_kernels = pytest.mark.skipif(not BUILDS, reason=f"no kernels: {native.MISSING}")
 
 

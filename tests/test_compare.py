@@ -56,6 +56,7 @@ def test_sizes_are_within_five_percent(name):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.float32("held to the digits of fp32")
 def test_named_architectures_read_write_and_learn(name):
     cfg = sized(name, 60_000, context=64)
     assert type(cfg).from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
@@ -98,6 +99,7 @@ def test_unknown_names(name, message):
         sized(name, 100_000)
 
 
+@pytest.mark.float32("held to the digits of fp32")
 def test_losses_as_a_stream_are_those_of_one_call(text):
     model = sized("gla", 30_000, context=32).build()
     runs = measure.held_out_runs(Corpus.from_paths([text]), 32, 4)

@@ -11,6 +11,7 @@ BLOCK = re.compile(r"^```python(?: file=(\S+))?\n(.*?)^```", re.DOTALL | re.MULT
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.float32("a reader has PyTorch's own default")
 def test_blocks_run(page, tmp_path, monkeypatch):
     blocks = BLOCK.findall(page.read_text())
     assert blocks or page.name == "index.md", f"{page.name} shows no code"

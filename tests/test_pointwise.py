@@ -154,7 +154,10 @@ def test_kernel_in_a_graph(name, variant):
 
 
 def test_activations_far_out(build):
-    z = torch.tensor([-torch.inf, -1e4, -100.0, -88.0, -87.0, -30.0, -1e-6, 0.0, 1e-6, 30.0, 88.0, 1e4, torch.nan])
+    z = torch.tensor(
+        [-torch.inf, -1e4, -100.0, -88.0, -87.0, -30.0, -1e-6, 0.0, 1e-6, 30.0, 88.0, 1e4, torch.nan],
+        dtype=torch.float32,
+    )
     for activation in ("silu", "sigmoid", "gelu_tanh", "relu2"):
         y, slopes = with_gradients(
             partial(form("gate", "native"), activation=activation), {"x": torch.ones_like(z), "z": z}
@@ -172,12 +175,12 @@ def test_activations_far_out(build):
 
 
 def test_few_numbers_take_the_torch_form_and_explain_says_so():
-    x = torch.randn(2, 8)
+    x = torch.randn(2, 8, dtype=torch.float32)
     lines = dispatch.explain(gate, x=x, z=x, activation="silu")
     assert lines[0].backend == "native" and "16 numbers are few" in lines[0].reason and lines[1].runs
     with pytest.raises(ValueError, match="cannot run here: 16 numbers are few"):
         gate(x, x, backend="native")
-    large = torch.randn(200, 100)
+    large = torch.randn(200, 100, dtype=torch.float32)
     assert dispatch.explain(norm, x=large)[0].runs or native.MISSING
     lines = dispatch.explain(gate, x=large, z=large, activation="gelu")
     assert lines[0].reason == "the kernel has no gelu"
@@ -191,7 +194,7 @@ def test_few_numbers_take_the_torch_form_and_explain_says_so():
 
 
 def test_wrong_arguments():
-    x = torch.randn(2, 8)
+    x = torch.randn(2, 8, dtype=torch.float32)
     with pytest.raises(ValueError, match=r"x has shape \[2, 8\] and z \[2, 4\], expected the same"):
         gate(x, x[:, :4])
     with pytest.raises(ValueError, match="no activation 'sillu'; did you mean 'silu'"):

@@ -37,14 +37,17 @@ def rounded(x, format):
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("out,width", SIZES)
 def test_product_equals_the_sums_of_the_unpacked_weights(format, out, width, build):
-    packed, x = pack(torch.randn(out, width), format), torch.randn(23, width)
+    packed, x = pack(torch.randn(out, width, dtype=torch.float32), format), torch.randn(23, width, dtype=torch.float32)
     want = rounded(x, format) @ unpack_torch(packed).double().T
     numerics.assert_close(product(x, packed).double(), want, format, numerics.BOUNDS["fp32 product"])
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_row_does_not_depend_on_the_batch_nor_on_threads(format, build):
-    packed, x = pack(torch.randn(150, 129), format), torch.randn(MAX_ROWS, 129)
+    packed, x = (
+        pack(torch.randn(150, 129, dtype=torch.float32), format),
+        torch.randn(MAX_ROWS, 129, dtype=torch.float32),
+    )
     whole = product(x, packed)
     for rows in (slice(0, 1), slice(3, 10), slice(40, 45), slice(5, 21)):
         assert torch.equal(product(x[rows], packed), whole[rows])
@@ -58,7 +61,7 @@ def test_a_row_does_not_depend_on_the_batch_nor_on_threads(format, build):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_unpacked_rows(format, build):
-    packed, ids = pack(torch.randn(50, 70), format), torch.tensor([[3, 49], [0, 16]])
+    packed, ids = pack(torch.randn(50, 70, dtype=torch.float32), format), torch.tensor([[3, 49], [0, 16]])
     whole = unpack_torch(packed)
     assert torch.equal(unpack(packed), whole)
     assert torch.equal(unpack(packed, ids), whole[ids])
@@ -68,7 +71,7 @@ def test_unpacked_rows(format, build):
 @pytest.mark.parametrize("format", ["int8", "int4"])
 @pytest.mark.parametrize("value", [0.0, 1e-42, 1e-30, 1e30, float("inf"), float("nan")])
 def test_inputs_of_any_size(format, value, build):
-    packed, x = pack(torch.randn(40, 64), format), torch.randn(2, 64)
+    packed, x = pack(torch.randn(40, 64, dtype=torch.float32), format), torch.randn(2, 64, dtype=torch.float32)
     x[0] *= value
     y = product(x, packed)
     assert torch.equal(y[1:], product(x[1:], packed))
@@ -80,7 +83,7 @@ def test_inputs_of_any_size(format, value, build):
 
 
 def test_integer_sums_are_the_same_in_all_builds(monkeypatch):
-    packed, x = pack(torch.randn(100, 300), "int8"), torch.randn(9, 300)
+    packed, x = pack(torch.randn(100, 300, dtype=torch.float32), "int8"), torch.randn(9, 300, dtype=torch.float32)
     results = []
     for name in BUILDS:
         monkeypatch.setattr(native, "_LIBRARY", ctypes.CDLL(str(native.FOLDER / f"_{name}.so")))
@@ -97,21 +100,23 @@ def test_sums_of_the_longest_rows_do_not_overflow(build):
         numerics.BOUNDS["fp32 angle"],
     )
     with pytest.raises(ValueError, match="at most 65536"):
-        pack(torch.ones(1, products.MAX_IN + 1), "int8")
+        pack(torch.ones(1, products.MAX_IN + 1, dtype=torch.float32), "int8")
 
 
 @pytest.mark.parametrize("format,bound", [("int8", 0.008), ("int4", 0.085)])
 def test_packing_errors(format, bound):
-    weight = torch.randn(64, 512)
+    weight = torch.randn(64, 512, dtype=torch.float32)
     error = (unpack_torch(pack(weight, format)) - weight).norm() / weight.norm()
     assert error < bound
-    assert torch.equal(unpack_torch(pack(torch.zeros(3, 40), format)), torch.zeros(3, 40))
+    assert torch.equal(
+        unpack_torch(pack(torch.zeros(3, 40, dtype=torch.float32), format)), torch.zeros(3, 40, dtype=torch.float32)
+    )
     with pytest.raises(ValueError, match="NaN or infinity"):
-        pack(torch.full((2, 2), torch.nan), format)
+        pack(torch.full((2, 2), torch.nan, dtype=torch.float32), format)
 
 
 def test_int4_scales_beat_the_largest_weight_over_seven():
-    weight = torch.randn(64, 512)
+    weight = torch.randn(64, 512, dtype=torch.float32)
     groups = weight.unflatten(1, (-1, 32))
     scale = groups.abs().amax(dim=2, keepdim=True) / 7
     plain = ((groups / scale).round() * scale).flatten(1) - weight
@@ -128,4 +133,4 @@ def test_many_rows_and_compiled_graphs(format):
 
 def test_unknown_formats_get_a_suggestion():
     with pytest.raises(ValueError, match="no weight format 'int-8'.*did you mean 'int8'"):
-        pack(torch.ones(2, 2), "int-8")
+        pack(torch.ones(2, 2, dtype=torch.float32), "int-8")

@@ -30,7 +30,7 @@ ERROR = {
 
 def small(name="mamba2", mlp=None, **options):
     layer = Layer.Config(mixer=find(name).Config(), mlp=mlp)
-    return LanguageModel.Config(vocab_size=100, d_model=64, layers=(layer,) * 2, **options).build().eval()
+    return LanguageModel.Config(vocab_size=100, d_model=64, layers=(layer,) * 2, **options).build().float().eval()
 
 
 def spread(model):
@@ -56,6 +56,7 @@ def format(request):
     return request.param
 
 
+@pytest.mark.float32("the tolerance is that of weights drawn in fp32")
 @pytest.mark.parametrize("name", mixer_names())
 def test_every_mixer_quantised(name, format):
     model = spread(small(name, mlp=ChannelMix.Config() if name == "rwkv7" else SwiGLU.Config(hidden=128)))
@@ -115,7 +116,7 @@ def test_names_of_roles_exist():
 def test_outputs_that_are_steps_stay(format):
     model = small("mamba2")
     mixer, packed = model.layers[0].mixer, quantized(model, format).layers[0].mixer
-    x, heads = torch.randn(5, 64), mixer.n_heads
+    x, heads = torch.randn(5, 64, dtype=torch.float32), mixer.n_heads
     with torch.no_grad():
         want, got = mixer.in_proj(x), packed.in_proj(x)
     numerics.assert_close(got[:, -heads:], want[:, -heads:], "dt", numerics.BOUNDS["fp32 product"])
@@ -125,9 +126,9 @@ def test_outputs_that_are_steps_stay(format):
 
 
 def test_bias_and_dtype_of_the_activations(format):
-    linear = nn.Linear(64, 96)
+    linear = nn.Linear(64, 96, dtype=torch.float32)
     packed = PackedLinear.of(linear.weight, linear.bias, format)
-    x = torch.randn(2, 3, 64)
+    x = torch.randn(2, 3, 64, dtype=torch.float32)
     with torch.no_grad():
         numerics.assert_close(packed(x), linear(x), "bias", numerics.BOUNDS[f"{format} weights"])
         assert packed(x.bfloat16()).dtype == torch.bfloat16
@@ -237,7 +238,7 @@ def test_training_and_other_dtypes_are_refused(format):
     with pytest.raises(ValueError, match="cannot be trained; train in full precision"):
         model.train()
     with pytest.raises(ValueError, match="have no gradients"):
-        model.layers[0].mixer(torch.randn(1, 3, 64, requires_grad=True))
+        model.layers[0].mixer(torch.randn(1, 3, 64, dtype=torch.float32, requires_grad=True))
     before = {key: tensor.dtype for key, tensor in model.state_dict().items()}
     for convert in (model.bfloat16, model.double, lambda: model.to(torch.bfloat16)):
         with pytest.raises(ValueError, match="stays in float32 and cannot become"):
@@ -283,7 +284,7 @@ def test_mixers_of_your_own_that_use_the_weight_itself(format):
         def forward(self, x, state=None, *, starts=None):
             return torch.nn.functional.linear(x, self.proj.weight), ()
 
-    linear = Own(Own.Config(), 64).proj
+    linear = Own(Own.Config(), 64).float().proj
     packed = PackedLinear.of(linear.weight, None, format)
     x = torch.randn(3, 64)
     numerics.assert_close(

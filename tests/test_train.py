@@ -282,6 +282,7 @@ def test_it_learns_and_reports(tmp_path):
     assert Trainer(model(1), text, CFG, tmp_path).run() == curve  # done: nothing more is trained
 
 
+@pytest.mark.float32("held to the digits of fp32")
 def test_parts_of_a_step_do_not_change_it():
     class Uneven:  # numbers of targets differ from row to row
         def batch(self, step, cfg):
@@ -305,6 +306,7 @@ def test_documents_in_a_row_do_not_see_each_other():
     assert numerics.relative_errors(trainer._gradients(batch._replace(starts=None)), expected)[0] > tiny
 
 
+@pytest.mark.float32("held to the digits of fp32")
 def test_bfloat16():
     curve = Trainer(model(), corpus(), CFG.replace(bf16=True)).run()
     exact = Trainer(model(), corpus(), CFG).run()

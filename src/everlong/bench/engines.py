@@ -118,7 +118,7 @@ def randomized(cfg: LanguageModel.Config, seed: int = 0) -> LanguageModel:
     Otherwise blocks whose last matrix begins at zero (RWKV-7) would hide every mistake inside them.
     """
     torch.manual_seed(seed)
-    model = cfg.build().eval().requires_grad_(False)
+    model = cfg.build().float().eval().requires_grad_(False)
     for parameter in model.parameters():
         if parameter.numel() > 1 and float(parameter.std()) == 0:
             scale = 0.5 * parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.05

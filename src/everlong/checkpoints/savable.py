@@ -20,7 +20,7 @@ def hollow(cfg: LanguageModel.Config, format: str | None) -> LanguageModel:
     with torch.device("meta"):
         model = cfg.build()
         if format is not None:
-            prepare(model, format)
+            prepare(model.float(), format)  # packed weights stay beside fp32, whatever the default
     return model
 
 
