@@ -28,18 +28,8 @@ SLOW = (
 
 HERE = str(Path(__file__).parent)
 FACTORIES = [
-    "randn",
-    "rand",
-    "zeros",
-    "ones",
-    "full",
-    "empty",
-    "tensor",
-    "as_tensor",
-    "linspace",
-    "eye",
-    "arange",
-    "normal",
+    *("randn", "rand", "zeros", "ones", "full", "empty"),
+    *("tensor", "as_tensor", "linspace", "eye", "arange"),
 ]
 FP32_MODULES = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Conv1d, nn.RMSNorm)
 DEFAULTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}

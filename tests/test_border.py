@@ -67,6 +67,7 @@ def calls():
         cache = Cache(*torch.zeros(2, 2, 5, 2, 4), torch.zeros(2, dtype=torch.int64))
         attention_step_(*torch.randn(3, 2, 2, 4), state=cache, backend="native")
         Decoder(model_of("mamba"), 2).step(torch.tensor([1, 2]))
+        native.call("ev_waiting_team", 2)
     finally:
         signatures.Signature.check = check
     return seen
@@ -238,11 +239,16 @@ def test_failures_of_a_kernel_are_exceptions(monkeypatch):
 @needs_kernels
 def test_attention_of_an_impossible_position():
     cache = Cache(*torch.zeros(2, 2, 5, 2, 4), torch.tensor([3, -5]))
-    with pytest.raises(ValueError, match="ev_attention_decode: a position below 0"):
+    with pytest.raises(ValueError, match=r"state\.position runs from -5 to 3"):
         attention_step_(*torch.randn(3, 2, 2, 4), state=cache, backend="native")
-    last = torch.full((2,), 2**63 - 1)
-    args = list(calls()["ev_attention_decode"])
-    args[signatures.table()["ev_attention_decode"].names.index("position")] = last
+    args, place = (
+        list(calls()["ev_attention_decode"]),
+        signatures.table()["ev_attention_decode"].names.index("position"),
+    )
+    args[place] = torch.tensor([3, -5])
+    with pytest.raises(ValueError, match="ev_attention_decode: a position below 0"):
+        native.call("ev_attention_decode", *args)
+    args[place] = torch.full((2,), 2**63 - 1)
     native.call("ev_attention_decode", *args)
 
 

@@ -114,7 +114,7 @@ def detach(tree: S) -> S:
 
 def gather(tree: S, rows: Tensor | Sequence[int] | int) -> S:
     """Rows of a state, in the given order; repeated rows fork it, and a single one is a batch of one."""
-    index = torch.atleast_1d(torch.as_tensor(rows))
+    index = torch.atleast_1d(torch.as_tensor(rows, device=None if isinstance(rows, Tensor) else "cpu"))
     return map_leaves(lambda leaf: leaf[index.to(leaf.device)], tree)
 
 

@@ -173,8 +173,8 @@ class Decoder:
         Where numbers are rounded to few digits, two right forms of a deep model drift apart: there each block alone
         is held to its step, elsewhere the whole first.
         """
-        numbers = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, self.model.cfg.vocab_size, (CHECKED, replay.rows), generator=numbers)
+        numbers, size = torch.Generator("cpu").manual_seed(0), (CHECKED, replay.rows)
+        ids = torch.randint(0, self.model.cfg.vocab_size, size, generator=numbers, device="cpu")
         rounded = replay.half or self.model.weights is not None
         dtype = torch.bfloat16 if rounded else torch.float32
         whole = None if rounded else self._whole(replay, ids)

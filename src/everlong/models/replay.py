@@ -82,7 +82,7 @@ class Replay:
     def record(self) -> None:
         """One step of the initial state, block by block, and the program made of it."""
         self.program = Program()
-        tokens = torch.zeros(self.rows, dtype=torch.long)
+        tokens = torch.zeros(self.rows, dtype=torch.long, device="cpu")
         to, side = Lowering(self.program, RULES, _dtypes(self.half), tokens), {}  # type: ignore[var-annotated]
         x = _lowered(to, "the embedding", lambda: self.model.embed(tokens))
         self.embedded, stream = len(self.program.instructions), to.ref(x)
@@ -137,7 +137,7 @@ class Replay:
                 continue
             if not isinstance(value, Tensor) or value.dtype not in to.dtypes or value.is_complex():
                 raise Unsupported(f"{block.name} ({block.reason}) shares {name!r}, which no program can hold")
-            block.gives[name] = torch.zeros(value.shape, dtype=torch.float32)
+            block.gives[name] = torch.zeros(value.shape, dtype=torch.float32, device="cpu")
             side[name] = value.clone(memory_format=torch.contiguous_format)
             to.bind(side[name], Buffer(value.numel(), block.gives[name]))
 
@@ -251,7 +251,7 @@ def _lower_block(to: Lowering, block: Block, x: Tensor, side: dict[str, Any], ro
     before = states.map_leaves(
         lambda leaf: leaf.clone(memory_format=torch.contiguous_format), block.block.init_state(rows)
     )
-    memory = states.map_leaves(lambda leaf: torch.zeros(leaf.shape, dtype=torch.float32), before)
+    memory = states.map_leaves(lambda leaf: torch.zeros(leaf.shape, dtype=torch.float32, device="cpu"), before)
     for (name, leaf, pad), (_, mine, _) in zip(states.leaves(before), states.leaves(memory), strict=True):
         if leaf.is_complex() or leaf.dtype not in to.dtypes or pad:
             raise Unsupported(f"{name} of dtype {leaf.dtype}" if not pad else f"{name} grows")
