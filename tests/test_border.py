@@ -60,11 +60,11 @@ def calls():
         gates = gate_inputs(Case("border", dtype=torch.float32))
         g, b = rg_lru_gates_native(**gates | {"x": gates["x"].clone().requires_grad_()})
         (g.sum() + b.sum()).backward()
-        packed = product.pack(torch.randn(48, 64), "int8")
-        product.product(torch.randn(3, 64), packed)
+        packed = product.pack(torch.randn(48, 64, dtype=torch.float32), "int8")
+        product.product(torch.randn(3, 64, dtype=torch.float32), packed)
         product.unpack(packed, torch.tensor([1, 2]))
-        cache = Cache(*torch.zeros(2, 2, 5, 2, 4), torch.zeros(2, dtype=torch.int64))
-        attention_step_(*torch.randn(3, 2, 2, 4), state=cache, backend="native")
+        cache = Cache(*torch.zeros(2, 2, 5, 2, 4, dtype=torch.float32), torch.zeros(2, dtype=torch.int64))
+        attention_step_(*torch.randn(3, 2, 2, 4, dtype=torch.float32), state=cache, backend="native")
         Decoder(model_of("mamba"), 2).step(torch.tensor([1, 2]))
     finally:
         signatures.Signature.check = check
@@ -236,9 +236,9 @@ def test_failures_of_a_kernel_are_exceptions(monkeypatch):
 
 @needs_kernels
 def test_attention_of_an_impossible_position():
-    cache = Cache(*torch.zeros(2, 2, 5, 2, 4), torch.tensor([3, -5]))
+    cache = Cache(*torch.zeros(2, 2, 5, 2, 4, dtype=torch.float32), torch.tensor([3, -5]))
     with pytest.raises(ValueError, match="ev_attention_decode: a position below 0"):
-        attention_step_(*torch.randn(3, 2, 2, 4), state=cache, backend="native")
+        attention_step_(*torch.randn(3, 2, 2, 4, dtype=torch.float32), state=cache, backend="native")
     last = torch.full((2,), 2**63 - 1)
     args = list(calls()["ev_attention_decode"])
     args[signatures.table()["ev_attention_decode"].names.index("position")] = last
@@ -473,9 +473,11 @@ def test_inputs_of_one_pass_that_lie_oddly(name, variant, how):
 @pytest.mark.parametrize("how", STRANGE)
 @pytest.mark.parametrize("weights", product.FORMATS)
 def test_products_of_inputs_that_lie_oddly(weights, how):
-    packed = product.pack(torch.randn(48, 64), weights)
+    packed = product.pack(torch.randn(48, 64, dtype=torch.float32), weights)
     for shape in ((3, 64), (2, 3, 64), (1, 64)):
-        check_strange(lambda x: product.product(x, packed), {"x": torch.randn(shape)}, ["x"], STRANGE[how])
+        check_strange(
+            lambda x: product.product(x, packed), {"x": torch.randn(shape, dtype=torch.float32)}, ["x"], STRANGE[how]
+        )
 
 
 # ---- builds ----
