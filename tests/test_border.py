@@ -61,11 +61,11 @@ def calls():
         gates = gate_inputs(Case("border", dtype=torch.float32))
         g, b = rg_lru_gates_native(**gates | {"x": gates["x"].clone().requires_grad_()})
         (g.sum() + b.sum()).backward()
-        packed = product.pack(torch.randn(48, 64), "int8")
-        product.product(torch.randn(3, 64), packed)
+        packed = product.pack(torch.randn(48, 64, dtype=torch.float32), "int8")
+        product.product(torch.randn(3, 64, dtype=torch.float32), packed)
         product.unpack(packed, torch.tensor([1, 2]))
-        cache = Cache(*torch.zeros(2, 2, 5, 2, 4), torch.zeros(2, dtype=torch.int64))
-        attention_step_(*torch.randn(3, 2, 2, 4), state=cache, backend="native")
+        cache = Cache(*torch.zeros(2, 2, 5, 2, 4, dtype=torch.float32), torch.zeros(2, dtype=torch.int64))
+        attention_step_(*torch.randn(3, 2, 2, 4, dtype=torch.float32), state=cache, backend="native")
         Decoder(model_of("mamba"), 2).step(torch.tensor([1, 2]))
         native.call("ev_waiting_team", 2)
     finally:
@@ -480,9 +480,11 @@ def test_inputs_of_one_pass_that_lie_oddly(name, variant, how):
 @pytest.mark.parametrize("how", STRANGE)
 @pytest.mark.parametrize("weights", product.FORMATS)
 def test_products_of_inputs_that_lie_oddly(weights, how):
-    packed = product.pack(torch.randn(48, 64), weights)
+    packed = product.pack(torch.randn(48, 64, dtype=torch.float32), weights)
     for shape in ((3, 64), (2, 3, 64), (1, 64)):
-        check_strange(lambda x: product.product(x, packed), {"x": torch.randn(shape)}, ["x"], STRANGE[how])
+        check_strange(
+            lambda x: product.product(x, packed), {"x": torch.randn(shape, dtype=torch.float32)}, ["x"], STRANGE[how]
+        )
 
 
 # ---- builds ----

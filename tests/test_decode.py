@@ -82,7 +82,7 @@ def test_every_option_of_the_model(options, dtype):
 
 def test_channel_mix_and_values_shared_between_layers():
     layer = Layer.Config(mixer=find("rwkv7").Config(head_size=16), mlp=ChannelMix.Config())
-    model = LanguageModel.Config(vocab_size=50, d_model=64, layers=(layer,) * 3).build().eval()
+    model = LanguageModel.Config(vocab_size=50, d_model=64, layers=(layer,) * 3).build().float().eval()
     decoder, *_ = both(model, 2)
     assert native.MISSING or not decoder.explain()
 

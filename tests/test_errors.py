@@ -26,7 +26,7 @@ def model():
 
 def small(mixer, **changes):
     layer = Layer.Config(mixer=find(mixer).Config(), mlp=SwiGLU.Config())
-    return LanguageModel.Config(vocab_size=100, d_model=64, layers=(layer,) * 2, **changes).build()
+    return LanguageModel.Config(vocab_size=100, d_model=64, layers=(layer,) * 2, **changes).build().float()
 
 
 TOKENS = torch.randint(0, 100, (2, 12))
@@ -70,19 +70,19 @@ def test_wrong_shapes_and_dtypes(model):
     with pytest.raises(ValueError, match="tokens have dtype torch.float32, expected int64 ids"):
         model(TOKENS.float())
     with pytest.raises(ValueError, match=r"x has shape \[2, 5, 32\], expected \[B T 64\]"):
-        model.layers[0].mixer(torch.randn(2, 5, 32))
+        model.layers[0].mixer(torch.randn(2, 5, 32, dtype=torch.float32))
     state = model.init_state(2).layers[0][0]
     with pytest.raises(ValueError, match=r"x has shape \[2, 1, 64\], expected 2 axes \[B 64\]"):
-        model.layers[0].mixer.step(torch.randn(2, 1, 64), state)
+        model.layers[0].mixer.step(torch.randn(2, 1, 64, dtype=torch.float32), state)
     with pytest.raises(ValueError, match=r"x has shape \[2, 64\], expected 3 axes \[B T 64\]"):
-        model.layers[0].mixer(torch.randn(2, 64), state)
+        model.layers[0].mixer(torch.randn(2, 64, dtype=torch.float32), state)
     with pytest.raises(ValueError, match="x has dtype torch.int64, expected a floating dtype"):
         model.layers[0].mixer(torch.ones(2, 5, 64, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"k has shape \[1, 5, 2, 4\], .* with K = 8 \(from q\), got K = 4"):
-        q = torch.randn(1, 5, 2, 8)
+        q = torch.randn(1, 5, 2, 8, dtype=torch.float32)
         linear_attention(q, q[..., :4], q)
     with pytest.raises(ValueError, match="no activation 'sulu' here, expected None or 'silu'; did you mean 'silu'"):
-        short_conv(torch.randn(1, 5, 2), weight=torch.randn(2, 4), activation="sulu")
+        short_conv(torch.randn(1, 5, 2, dtype=torch.float32), weight=torch.randn(2, 4), activation="sulu")
     with pytest.raises(ValueError, match=r"starts has shape \[2, 5\], expected \[B T\] = \[2, 12\]"):
         model(TOKENS, starts=torch.zeros(2, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match="starts has dtype torch.int64, expected torch.bool"):
@@ -135,7 +135,7 @@ def test_zero_length(model):
     with pytest.raises(ValueError, match=r"tokens are empty \(B = 0, T = 12\)"):
         model(TOKENS[:0])
     with pytest.raises(ValueError, match=r"x has shape \[2, 0, 64\]; give at least one row and one token"):
-        model.layers[0].mixer(torch.randn(2, 0, 64))
+        model.layers[0].mixer(torch.randn(2, 0, 64, dtype=torch.float32))
     with pytest.raises(ValueError, match="the prompt is empty"):
         everlong.generate(model, [])
 
@@ -147,7 +147,7 @@ def test_state_of_another_model_or_batch(model):
     _, other = small("retention")(TOKENS)
     with pytest.raises(ValueError, match="state is of another model"):
         model(TOKENS, other)
-    wider = LanguageModel.Config(vocab_size=100, d_model=128, layers=model.cfg.layers).build()
+    wider = LanguageModel.Config(vocab_size=100, d_model=128, layers=model.cfg.layers).build().float()
     with pytest.raises(ValueError, match=r"another model: layers.0.0.memory has shape \[2, 4, 8, 16\]"):
         wider(TOKENS, state)
     with pytest.raises(ValueError, match="dtype torch.float32, expected torch.float64"):
@@ -245,14 +245,14 @@ def test_bad_sampling():
 
 
 def test_backend_by_name():
-    q = torch.randn(1, 5, 2, 8)
+    q = torch.randn(1, 5, 2, 8, dtype=torch.float32)
     with pytest.raises(ValueError, match="no backend 'torhc' for this op; did you mean 'torch'"):
         linear_attention(q, q, q, backend="torhc")
 
 
 def test_mixing_matrix_of_a_nonlinear_mixer():
     with pytest.raises(ValueError, match="LSTM is not linear in its values"):
-        find("lstm").Config().build(64).mixing_matrix(torch.randn(1, 4, 64))
+        find("lstm").Config().build(64).mixing_matrix(torch.randn(1, 4, 64, dtype=torch.float32))
 
 
 def test_the_command_line_says_it_in_one_line(tmp_path):
