@@ -376,6 +376,17 @@ def test_a_busy_machine_is_said(page, sign):
     out = io.StringIO()
     summary(results, console=Console(file=out, width=200))
     assert words[sign] in out.getvalue()
+    for need in ("prefill", "decode", "train"):
+        finding = found(results, need)
+        assert finding["kind"] == "none" and not finding["winners"] and words[sign] in finding["reason"]
+    assert "Not counted, since the machine was busy: the speeds." in found(results, "all_round")["reason"]
+
+
+def test_a_growing_state_that_was_timed_faster_is_noise():
+    results = made_up("mamba", "attention")
+    for model in results["models"]:
+        decoded(model, *((8.05, 4.0, 2.03) if model["name"] == "attention" else (1.4, 1.4, 1.4)))
+    assert "Attention was timed faster, which is noise" in found(results, "decode")["reason"]
 
 
 def test_two_figures_have_two_names(page):

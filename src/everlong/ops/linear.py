@@ -87,6 +87,8 @@ def _rows_now(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     sizes = _pieces(len(x), weight.numel(), ROWS)
     if not sizes:
         return F.linear(x, weight, bias)
+    if sizes == [len(x)]:
+        return _onednn(x, weight, bias)
     *parts, rest = x.split([*sizes, len(x) - sum(sizes)])
     done = [_onednn(part, weight, bias) for part in parts]
     if len(rest):
@@ -100,6 +102,8 @@ def _summed(dy: Tensor, x: Tensor) -> Tensor:
     rest = len(x) - sum(sizes)
     if not sizes:
         return dy.t() @ x
+    if sizes == [len(x)]:
+        return _onednn(dy.t(), _dense(x.t()), None)
     *parts, (last_dy, last_x) = zip(dy.split([*sizes, rest]), x.split([*sizes, rest]), strict=True)
     total, *others = (_onednn(a.t(), _dense(b.t()), None) for a, b in parts)
     for other in others:

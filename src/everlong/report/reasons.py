@@ -93,7 +93,12 @@ def _steadiness(reading: Reading, winners: Sequence[str], results: Results) -> s
     rises = [(names[name], dict(rows[name])[at] / rows[name][0][1]) for name in growing]
     if rises:
         grown = [
-            f"{who} takes {rise:.2g} times as long" if rise > 1.1 else f"{who} stays within 10 %" for who, rise in rises
+            f"{who} takes {rise:.2g} times as long"
+            if rise > 1.1
+            else f"{who} stays within 10 %"
+            if rise >= 0.9
+            else f"{who} was timed faster, which is noise"
+            for who, rise in rises
         ]
         told.append(f"From {start:,.0f} to {at:,.0f} tokens of context, {'; '.join(grown)}.")
     return " ".join(told)

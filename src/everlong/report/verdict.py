@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from .caveats import caveats
+from .caveats import busy, caveats
 from .measures import (
     COST,
     MEASURES,
@@ -31,6 +31,7 @@ __all__ = ["caveats", "first_places", "headline", "verdict"]
 
 Finding = dict[str, Any]
 ALL_ROUND_TIE = 0.25  # places
+SPEEDS = ("prefill", "decode", "train")  # not judged where the machine was busy
 
 
 def verdict(results: Results) -> list[Finding]:
@@ -60,6 +61,10 @@ def _decide(measure: Measure, results: Results) -> Finding:
         return _finding(measure.key, measure.need, "none", "no winner", reason=_nobody(measure, reading, results))
     if not reading.values:
         return _finding(measure.key, measure.need, "missing", "not measured", reason=_absent(reading, names))
+    if measure.key in SPEEDS and len(reading.values) > 1 and (told := busy(results)):
+        rows = [f"{names[n]} {measure.full(reading.values[n])}" for n in _ordered(measure, reading)]
+        reason = f"{told} Measured{_where(measure, reading)}: {'; '.join(rows)}."
+        return _finding(measure.key, measure.need, "none", "not judged on a busy machine", reason=reason)
     winners = first_places(measure, reading)
     apart = f" ({len(reading.aside)} not compared)" if reading.aside else ""
     figure = f"{_span_of(measure, reading, winners)}{_where(measure, reading)}{apart}"
@@ -240,7 +245,8 @@ def _half(keys: Sequence[str], readings: dict[str, Reading]) -> dict[str, float]
 def _all_round(results: Results) -> Finding:
     key, need, names = "all_round", "Best all-round", titles(results)
     readings = {measure.key: measure.read(results) for measure in MEASURES}
-    quality, cost = _half(QUALITY, readings), _half(COST, readings)
+    crowded = SPEEDS if busy(results) else ()
+    quality, cost = _half(QUALITY, readings), _half([need for need in COST if need not in crowded], readings)
     places = {name: (quality[name] + cost[name]) / 2 for name in names if name in quality and name in cost}
     if len(places) < 2:
         told = "This takes at least two models measured in quality and in cost."
@@ -257,7 +263,7 @@ def _all_round(results: Results) -> Finding:
         winners=winners,
         figure=f"average place {places[order[0]]:.1f} of {len(places)}",
         behind=f"Next: {names[behind[0]]}, {places[behind[0]]:.1f}" if behind else "",
-        reason=_weighed(order, places, quality, cost, names) + _uncounted(readings),
+        reason=_weighed(order, places, quality, cost, names) + _uncounted(readings, crowded),
         runner_up=next(iter(behind), None),
     )
 
@@ -276,10 +282,11 @@ def _weighed(
     )
 
 
-def _uncounted(readings: dict[str, Reading]) -> str:
+def _uncounted(readings: dict[str, Reading], crowded: Sequence[str]) -> str:
     """The needs that could not count, since not all models can be compared in them."""
-    left = [measure.need.lower() for measure in MEASURES if readings[measure.key].aside]
-    return f" Not counted, since not all models can be compared: {listing(left)}." if left else ""
+    left = [m.need.lower() for m in MEASURES if readings[m.key].aside and m.key not in crowded]
+    told = f" Not counted, since not all models can be compared: {listing(left)}." if left else ""
+    return told + (" Not counted, since the machine was busy: the speeds." if crowded else "")
 
 
 def headline(results: Results) -> str:
