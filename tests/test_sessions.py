@@ -224,3 +224,10 @@ def test_files_that_hold_no_session(tmp_path):
     with pytest.raises(ValueError, match="another model"):
         states.load(path, whole)
     assert isinstance(whole, Session)
+
+
+def test_a_session_goes_into_a_folder_that_exists(tmp_path):
+    for path in (tmp_path, tmp_path / "none" / "s"):
+        with pytest.raises(ValueError, match="expected a file in a folder that exists"):
+            continue_text(tmp_path, "a", session=path)
+    assert not (tmp_path / "none").exists()

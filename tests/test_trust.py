@@ -248,3 +248,13 @@ def test_only_the_typed_path_is_looked_for_there(tmp_path):
     )
     looked = {line.split()[1] for line in run.stderr.splitlines() if line.startswith("LOOKED")}
     assert looked == {"payload", "helper"} and "payload defines no 'Boo'" in run.stderr, run.stderr
+
+
+def test_a_file_is_named_by_its_class(tmp_path, monkeypatch):
+    (tmp_path / "boo.py").write_text("raise SystemExit('it ran')")
+    monkeypatch.chdir(tmp_path)
+    for kind in ("boo.py", "./boo.py", "boo.py:Boo"):
+        with pytest.raises(ValueError, match=r"is a file, expected a dotted path"):
+            find(kind)
+    with pytest.raises(ValueError, match="a single file, my_mixer:ClassName"):
+        find("boo")

@@ -246,6 +246,9 @@ def _class_of(kind: Any) -> Any:
     if not isinstance(kind, str):
         raise ValueError(f"kind must be a name, got {shown(kind)}")
     module_name, _, class_name = kind.partition(":")
+    if module_name.endswith(".py"):
+        path = module_name[:-3].strip("/").replace("/", ".")
+        raise ValueError(f"{shown(kind)} is a file, expected a dotted path: {path}:ClassName, from the folder it is in")
     if "." in module_name or class_name:
         return _find_in(_imported(module_name), class_name, kind)
     if kind in mixer_names():
@@ -254,7 +257,8 @@ def _class_of(kind: Any) -> Any:
     if kind not in blocks:
         known = [*mixer_names(), *(name for name, block in blocks.items() if hasattr(block, "memory"))]
         raise ValueError(
-            f"no mixer or block {shown(kind)}{suggest(kind, known)} (your own: a dotted path, my_package.my_mixer)"
+            f"no mixer or block {shown(kind)}{suggest(kind, known)} "
+            "(your own: a dotted path, my_package.my_mixer; a single file, my_mixer:ClassName)"
         )
     return blocks[kind]
 

@@ -14,6 +14,7 @@ import json
 import math
 import zlib
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -146,15 +147,21 @@ def _padded(leaf: Tensor, length: int, pad: str) -> Tensor:
     return torch.cat([missing, leaf] if pad == "start" else [leaf, missing], dim=1)
 
 
+def names(tree: Any) -> list[str]:
+    """The paths of all leaves of a state, in order."""
+    return [name for name, *_ in leaves(tree)]
+
+
 def check_like(tree: Any, like: Any, rows: int, what: str = "state") -> None:
     """Raise ``ValueError`` unless ``tree`` has the leaves, sizes and dtypes of ``like``, and ``rows`` rows.
 
     ``like`` may have any number of rows (``init_state(0)`` takes no memory); lengths of growing leaves may differ.
     """
     ours, theirs = list(leaves(like)), list(leaves(tree))
-    if type(tree) is not type(like) or [name for name, *_ in ours] != [name for name, *_ in theirs]:
+    if type(tree) is not type(like) or names(like) != names(tree):
+        differs = next((f", first at {a}" for a, b in zip_longest(names(like), names(tree)) if a != b), "")
         raise ValueError(
-            f"{what} is of another model: got {_describe(tree)}, expected {_describe(like)}; "
+            f"{what} is of another model: got {_describe(tree)}, expected {_describe(like)}{differs}; "
             "make one with init_state(batch) of this model"
         )
     for (name, want, pad), (_, got, _) in zip(ours, theirs, strict=True):
@@ -233,12 +240,12 @@ def load(path: str | Path, like: S) -> S:
     Raises ``ValueError`` where the file is damaged or belongs to another model.
     """
     tensors = read_tensors(Path(path))
-    names = [name for name, *_ in leaves(like)]
+    expected = names(like)
     header = read_metadata(Path(path))
     if "crc32" in header and header["crc32"] != _seal(tensors, header.get("meta", "")):
         raise ValueError(f"{path} was altered since it was written (its checksum differs); begin anew, or fetch a copy")
-    if set(names) != set(tensors):
-        odd = sorted(set(names) ^ set(tensors))[:3]
+    if set(expected) != set(tensors):
+        odd = sorted(set(expected) ^ set(tensors))[:3]
         raise ValueError(f"{path} holds the state of another model (differs at {', '.join(odd)})")
     loaded = rebuild(like, iter([tensors[name].to(leaf.device) for name, leaf, _ in leaves(like)]))
     rows = batch_size(loaded)

@@ -30,6 +30,8 @@ def continue_text(
     for what ``load`` and ``generate`` refuse.
     """
     stop = texts("stop", stop)
+    if session is not None and (session.is_dir() or not session.parent.is_dir()):
+        raise ValueError(f"session is {session}, expected a file in a folder that exists")
     model, tokenizer = load(folder, weights=weights, trust_code=trust_code), load_tokenizer(folder)
     before = None
     if session is not None and session.exists():
