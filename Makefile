@@ -7,7 +7,7 @@ ARGS   ?=
 KERNELS = $(wildcard src/everlong/ops/native/*.cpp src/everlong/ops/native/*.h)
 PYTEST  = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: run test check dtypes asan kernels docs wheel clean
+.PHONY: run test lint check dtypes asan kernels docs wheel clean
 
 run: .venv/run.stamp
 	$(BIN)/everlong compare $(ARGS)
@@ -15,10 +15,12 @@ run: .venv/run.stamp
 test: .venv/dev.stamp .venv/kernels.stamp
 	$(PYTEST)
 
-check: .venv/dev.stamp .venv/kernels.stamp
+lint: .venv/dev.stamp
 	$(BIN)/ruff format --check src tests
 	$(BIN)/ruff check src tests
 	$(BIN)/mypy
+
+check: lint .venv/kernels.stamp
 	$(PYTEST) -m "not slow"
 
 dtypes: .venv/dev.stamp .venv/kernels.stamp  ## the fast tests under each default dtype of PyTorch

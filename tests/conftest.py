@@ -26,6 +26,14 @@ SLOW = (
 )
 
 
+OTHER_PROCESSES = (
+    "test_command_line",
+    "test_mutations",
+    "test_trust",
+    "test_house",
+    "test_report",
+    "test_bench_report",
+)
 HERE = str(Path(__file__).parent)
 FACTORIES = [
     *("randn", "rand", "zeros", "ones", "full", "empty"),
@@ -54,7 +62,10 @@ def meaning_fp32(make, anywhere):
 
     @functools.wraps(make)
     def made(*args, **kwargs):
-        if anywhere or sys._getframe(1).f_code.co_filename.startswith(HERE):
+        caller = sys._getframe(1)
+        while caller.f_code.co_filename == __file__:  # memory is poisoned on the way
+            caller = caller.f_back
+        if anywhere or caller.f_code.co_filename.startswith(HERE):
             with default(torch.float32):
                 return make(*args, **kwargs)
         return make(*args, **kwargs)
@@ -92,8 +103,13 @@ def _default_dtype(request, monkeypatch):
         yield
 
 
-def pytest_collection_modifyitems(items):
-    """`make check` leaves out what takes longest: official code, whole models, kernels, every op on every case."""
+def pytest_collection_modifyitems(config, items):
+    """`make check` leaves out what takes longest: official code, whole models, kernels, every op on every case.
+
+    Those that read files, or start commands, which have a default of their own, are not run under another dtype.
+    """
+    if config.getoption("--default-dtype") != "float32":
+        items[:] = [item for item in items if item.path.stem not in OTHER_PROCESSES]
     for item in items:
         if any(name in item.nodeid for name in SLOW):
             item.add_marker(pytest.mark.slow)
