@@ -447,7 +447,7 @@ def check_strange(run, inputs, keys, make):
         return
     assert copied is not None, "odd inputs are taken that plain ones are refused for"
     got, copied = got.as_subclass(torch.Tensor), copied.as_subclass(torch.Tensor)
-    torch.testing.assert_close(got, copied, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(got, copied, atol=numerics.BOUNDS["fp32 gradient"], rtol=numerics.BOUNDS["fp32 scan"])
     if got.requires_grad and how_many(inputs) and not how_many(strange):  # nothing to be read, and yet a gradient
         leaves = [x for x in strange.values() if is_tensor(x) and x.requires_grad]
         for slope in torch.autograd.grad(got.abs().sum(), leaves, allow_unused=True):

@@ -20,6 +20,7 @@ from everlong.models.quantize import quantized
 from everlong.ops import native
 from everlong.ops.linear import Linear, linear
 from everlong.ops.record import Recorder, leaf, recording
+from everlong.state import state
 from test_decode import model_of
 from test_decode_guards import both, probe
 
@@ -232,6 +233,56 @@ def test_one_odd_layer_of_rwkv7_leaves_the_others_native(odd):
     model.layers[odd].mixer.__class__ = Odd
     decoder = both(model, 2)
     assert names(decoder) == [f"layers.{odd}.0"] and "round" in decoder.explain()[0][1]
+
+
+class Turning(base.Mixer):
+    """A complex state that turns, times a real gate:  h_t = exp(-nu + i theta) a_t h_{t-1} + x_t."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(base.Config):
+        """No options."""
+
+    @state
+    class State:
+        """Real and imaginary parts side by side."""
+
+        memory: torch.Tensor
+
+    def __init__(self, cfg, d_model, depth=base.Depth()):
+        super().__init__(cfg, d_model, depth)
+        self.gate, self.out = Linear(d_model, d_model), Linear(d_model, d_model)
+        self.nu, self.theta = nn.Parameter(torch.rand(d_model)), nn.Parameter(3 * torch.rand(d_model))
+
+    def init_state(self, batch):
+        return self.State(memory=torch.zeros(batch, self.d_model, 2, **self.memory_factory))
+
+    def step(self, x, state):
+        turn = torch.polar(torch.exp(-self.nu), self.theta)
+        h = turn * (torch.view_as_complex(state.memory) * torch.sigmoid(self.gate(x))) + x
+        return self.out(h.real), self.State(memory=torch.view_as_real(h))
+
+
+def test_a_complex_state_times_a_real_gate():
+    layers = (Layer.Config(mixer=Turning.Config()),) * 2
+    model = LanguageModel.Config(vocab_size=50, d_model=32, layers=layers, embed_std=1.0).build().eval()
+    decoder = both(model, 2, steps=8)
+    assert native.MISSING or not decoder.explain()
+
+
+def test_random_numbers_of_other_threads_are_left_alone():
+    model, stop, drawn = model_of("attention"), threading.Event(), []
+
+    def draw():
+        while not stop.is_set():
+            drawn.append(float(torch.rand(())))
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    for _ in range(3):
+        Decoder(model)
+    stop.set()
+    thread.join()
+    assert len(set(drawn)) > 0.99 * len(drawn)  # 24 bits: two draws may agree
 
 
 # ---- wrapped and hooked modules ----

@@ -198,6 +198,14 @@ def test_compiled_gradients_per_sample(name):
         case.same(got[key], theirs, f"compiled gradient of {key}")
 
 
+@pytest.mark.parametrize("name", ["lstm", "slstm"])
+def test_a_second_gradient_is_refused_where_there_is_none(name):
+    module = find(name).Config().build(64).double()
+    x = torch.randn(1, 6, 64, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        torch.autograd.functional.hessian(lambda v: module(v)[0].square().mean(), x)
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_graph_is_no_transform(backend):
     def told(x):

@@ -112,3 +112,22 @@ def test_results_are_the_same_beside_a_team(queue):
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("content", [None, "", "what", "1"])
+def test_a_queue_that_cannot_be_read_is_no_error(queue, monkeypatch, content):
+    if content is None:
+        monkeypatch.setattr(waiting, "QUEUE", "/nowhere")
+    else:
+        with open(waiting.QUEUE, "w") as file:
+            file.write(content)
+    monkeypatch.setattr(waiting.time, "monotonic", lambda: 1e6)
+    assert waiting.look() is False
+
+
+def test_an_unknown_way_to_wait_is_refused():
+    code = "import everlong.ops.native.waiting"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "EVERLONG_WAIT": "SPIN"}, capture_output=True, text=True
+    )
+    assert "EVERLONG_WAIT=SPIN is no way to wait; expected adaptive or spin" in done.stderr

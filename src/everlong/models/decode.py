@@ -6,6 +6,9 @@ through their own ``step_``, in between.
 
 A program computes in fp32 throughout: under bf16 weights it keeps the digits that ``model.step`` rounds away between
 operations, so both differ by bf16's rounding (``numerics.TOLERANCE``).
+
+A step is a function of its token, its state and the parameters. What it keeps elsewhere (a counter on a module), and
+what other threads do for it, a recording does not see; the two tokens find it where it shows at once.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from .. import numerics, shapes
 from .. import state as states
 from ..ops import native
 from ..ops.native.product import MAX_ROWS
+from . import guards
 from .blocks import Layer
 from .guards import Unsupported
 from .lm import LanguageModel
@@ -131,13 +135,14 @@ class Decoder:
             spent = Cost(recorded - begun, time.perf_counter() - recorded)
             self.cost = Cost(*(a + b for a, b in zip(self.cost, spent, strict=True)))
             if reason is not None or not found or None in found:
-                self._rewind(drawn, failed=reason is not None or None in found)
+                self._rewind(drawn, reason or found.get(None))
                 return reason or found.get(None)
             python |= found  # type: ignore[arg-type]
 
-    def _rewind(self, drawn: Tensor, *, failed: bool = False) -> None:
-        """Give back the random numbers that what runs in Python has drawn; what is native draws none."""
-        draws = failed or any(block.reason for replay in self._replays for block in replay.blocks)
+    def _rewind(self, drawn: Tensor, reason: str | None = None) -> None:
+        """Give back the random numbers that blocks in Python are known to draw; other threads may draw meanwhile."""
+        reasons = [reason, *(block.reason for replay in self._replays for block in replay.blocks)]
+        draws = any(guards.DRAWS in (why or "") for why in reasons)
         if draws and not torch.equal(torch.get_rng_state(), drawn):
             torch.set_rng_state(drawn)
 
@@ -180,15 +185,27 @@ class Decoder:
         whole = None if rounded else self._whole(replay, ids)
         if not rounded and whole is None:
             return {}
-        replay.load(self.model.init_state(replay.rows))
+        replay.load(self._begun(replay.rows))
         found: dict[Where | None, str] = {}
         for tokens in ids:
             for where, name in replay.differing(tokens, lambda got, want: _alike(got, want, dtype)):
                 found[where] = f"replayed, {name} differs from " + ("its step" if where else "the model's")
         return found or ({None: whole} if whole else {})
 
+    def _begun(self, rows: int) -> Any:
+        """A state in which no number is zero: what a program makes of zeros may be right by chance."""
+        numbers, state = torch.Generator("cpu").manual_seed(1), self.model.init_state(rows)
+        made = [
+            leaf + 0.1 * torch.rand(leaf.shape, dtype=torch.float32, generator=numbers, device="cpu").to(leaf.dtype)
+            if pad is None and leaf.is_floating_point()
+            else leaf
+            for _, leaf, pad in states.leaves(state)
+        ]
+        return states.rebuild(state, iter(made))
+
     def _whole(self, replay: Replay, ids: Tensor) -> str | None:
-        want = self.model.init_state(replay.rows)
+        want = self._begun(replay.rows)
+        replay.load(want)
         for tokens in ids:
             drawn = torch.get_rng_state()
             logits, want = self.model.step(tokens, want)

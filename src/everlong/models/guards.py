@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..ops.record import Call
 
+DRAWS = "draws random numbers"
 PLAIN = "add sub mul div pow square neg abs exp expm1 log log1p sqrt rsqrt reciprocal sigmoid silu tanh relu sin cos"
 IN_PLACE = {*PLAIN.split(), "clamp", "clamp_min", "clamp_max", "masked_fill", "addcmul", "copy"}
 """Operations that are right in place: one instruction that reads each number before it writes it."""
@@ -50,7 +51,7 @@ def _schema(call: Call) -> Any:
 def random(call: Call) -> None:
     """Random numbers would be drawn once, while recording, and then be the same for every token."""
     if torch.Tag.nondeterministic_seeded in getattr(call.op, "tags", ()):
-        raise Unsupported(f"{name(call)} draws random numbers")
+        raise Unsupported(f"{name(call)} {DRAWS}")
 
 
 def numbers_read(call: Call) -> None:

@@ -72,7 +72,7 @@ def _mul(to: Lowering, name: str, out: Tensor, x: Any, other: Any) -> None:
     (re, im), (a, b), (c, d) = to.new_parts(out), to.parts(x, out.shape), to.parts(other, out.shape)
     for target, first, second, sign in ((re, (a, c), (b, d), "sub"), (im, (a, d), (b, c), "add")):
         to.map("mul", out.shape, target, first)
-        if to.zero.buffer not in (b.buffer, d.buffer):
+        if to.zero.buffer not in (second[0].buffer, second[1].buffer):
             product = to.temporary(out.shape)
             to.map("mul", out.shape, product, second)
             to.map(sign, out.shape, target, (target, product))

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..shapes import check_starts, dims, state_dtype
 from . import dispatch
@@ -117,7 +116,6 @@ class _Scan(torch.autograd.Function):
         return tape.hidden[1:].transpose(0, 1), torch.stack([tape.hidden[-1], tape.memory[-1]], dim=1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
         *tape, recurrent, starts = ctx.saved_tensors
         return *_gradients(dy, dlast, tape, recurrent, starts), None

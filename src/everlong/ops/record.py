@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 F = TypeVar("F", bound=Callable[..., Any])
 _LOCAL = threading.local()
 READS = {"numpy", "tolist", "data_ptr", "untyped_storage", "storage", "_typed_storage", "__array__", "__dlpack__"}
+READS |= {"__repr__", "__str__", "__format__"}
+MAKERS = {torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor}  # from lists that may hold tensors
 
 
 class Call(NamedTuple):
@@ -43,7 +45,8 @@ class _Reads(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if not self.record.inside and (func.__name__ in READS or func == torch.Tensor.data.__set__):  # type: ignore
+        read = func.__name__ in READS or (func in MAKERS and any(isinstance(x, (list, tuple)) for x in args))
+        if not self.record.inside and (read or func == torch.Tensor.data.__set__):  # type: ignore[attr-defined]
             self.record.calls.append(Call(func, args, kwargs or {}, None))
         return out
 

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..shapes import check_starts, dims, state_dtype
 from . import dispatch
@@ -187,7 +186,6 @@ class _Scan(torch.autograd.Function):
         return tape.hidden[1:].permute(2, 0, 1, 3), tape.state
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
         *tape, recurrent, state, starts = ctx.saved_tensors
         return *_gradients(dy, dlast, tape, recurrent, state, starts), None

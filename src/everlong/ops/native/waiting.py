@@ -70,6 +70,8 @@ class _Team:
 
 
 _SEEN, _TEAM = _Seen(), _Team()
+if os.environ.get("EVERLONG_WAIT", "adaptive") not in ("adaptive", "spin"):
+    raise ValueError(f"EVERLONG_WAIT={os.environ['EVERLONG_WAIT']} is no way to wait; expected adaptive or spin")
 _OFF = MISSING is not None or os.environ.get("EVERLONG_WAIT") == "spin" or not os.path.exists(QUEUE)
 
 
@@ -92,8 +94,12 @@ def look() -> bool:
 
 def _queued(now: float) -> float:
     """The share of the time since this thread's last look that it stood in the queue; 0 at the first."""
-    with open(QUEUE, "rb") as file:
-        queued = int(file.read().split()[1]) / 1e9
+    try:
+        with open(QUEUE, "rb") as file:
+            queued = int(file.read().split()[1]) / 1e9
+    except (OSError, ValueError, IndexError):  # no file descriptor is free, say: nothing is known this time
+        _SEEN.due, _SEEN.queued = now + PERIOD, None
+        return 0.0
     since, before = now - _SEEN.at, _SEEN.queued
     _SEEN.at, _SEEN.queued, _SEEN.due = now, queued, now + PERIOD
     return 0.0 if before is None else (queued - before) / since
