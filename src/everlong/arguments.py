@@ -20,6 +20,7 @@ Bounds = Mapping[str, tuple[float, float]]
 
 COUNT = (1, 2**31 - 1)  # whole numbers, unless ``bounds`` says otherwise
 AMOUNT = (1e-12, 1e12)  # other numbers
+EPS = (0.0, 1e12)  # what is added below a root or a fraction, by a name that ends so: published ones are 0, too
 TOTAL = (1, 2**53)  # tokens of a run, parameters of a model
 SEED = (0, 2**63 - 1)
 SHARE = (0.0, 1.0)
@@ -50,6 +51,7 @@ def _declared(cls: Any) -> tuple[dict[str, Any], dict[str, tuple[float, float]]]
         bounds.update(vars(parent).get("bounds", {}))
     names = [field.name for field in dataclasses.fields(cls)]
     assert bounds.keys() <= set(names), f"{cls.__qualname__} has bounds of no field: {set(bounds) - set(names)}"
+    bounds = {name: EPS for name in names if name.endswith("eps")} | bounds
     return {name: hints[name] for name in names}, bounds
 
 
