@@ -141,6 +141,21 @@ class LosesPrecision(Average):
         return (y * 1.2 if x.dtype == torch.bfloat16 else y), state
 
 
+class StepLosesPrecision(Average):
+    def step(self, x, state):
+        y, after = super().step(x, state)
+        return (y * 1.2 if x.dtype == torch.bfloat16 and not self.whole else y), after
+
+    whole = False
+
+    def forward(self, x, state=None, *, starts=None):
+        self.whole = True
+        try:
+            return super().forward(x, state, starts=starts)
+        finally:
+            self.whole = False
+
+
 class DoesNotCompile(Average):
     def forward(self, x, state=None, *, starts=None):
         if float(x.sum()) > 1e9:
@@ -261,6 +276,11 @@ def test_a_misspelt_name_is_refused_where_it_is_used(table):
 def test_a_wrong_second_gradient_is_found():
     with pytest.raises(laws.LawBroken, match="second gradient"):
         laws.check(laws.subjects(ForgetsSecondGradients)[0], "transforms")
+
+
+def test_a_step_that_loses_precision_is_found():
+    with pytest.raises(laws.LawBroken, match="bf16 output of a step"):
+        laws.check(laws.subjects(StepLosesPrecision)[0], "bfloat16")
 
 
 def test_overflow_is_found():

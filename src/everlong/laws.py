@@ -283,7 +283,9 @@ def bfloat16(subject: Subject) -> None:
         got, _ = module(x)
         if got.dtype != torch.bfloat16:
             raise AssertionError(f"bf16 in gave {got.dtype} out")
-        assert_close(got, exact(x.double())[0].to(torch.bfloat16), "bf16 output")
+        want = exact(x.double())[0].to(torch.bfloat16)
+        assert_close(got, want, "bf16 output")
+        assert_close(module.step(x[:, -1], module(x[:, :-1])[1])[0], want[:, -1], "bf16 output of a step")
 
 
 @torch.no_grad()

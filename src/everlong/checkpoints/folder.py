@@ -31,7 +31,10 @@ ENTRIES = {"format", "fingerprint", "weights", "quantized", "tokenizer", "model"
 
 
 def save(model: nn.Module, folder: str | Path, tokenizer: FileTokenizer | ByteTokenizer | None = None) -> None:
-    """Write ``model`` to ``folder`` (made where missing): all of its files, or none.
+    """Write ``model`` to ``folder`` (made where missing): each file whole, and none before all are on the disk.
+
+    They then replace the earlier ones one after the other: a process that is killed between two of them leaves files of
+    two models, which ``load`` refuses by their checksums.
 
     Compiled and parallel wrappers are taken off. Without ``tokenizer`` the one that lies there stays. ``ValueError``
     for a model that loading would not give back (see ``savable``); ``OSError`` where a file cannot be written;
