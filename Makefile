@@ -3,6 +3,7 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 BIN     = .venv/bin
 ARGS   ?=
+DTYPES ?= bfloat16 float16 float64
 
 KERNELS = $(wildcard src/everlong/ops/native/*.cpp src/everlong/ops/native/*.h)
 PYTEST  = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
@@ -24,7 +25,7 @@ check: lint .venv/kernels.stamp
 	$(PYTEST) -m "not slow"
 
 dtypes: .venv/dev.stamp .venv/kernels.stamp  ## the fast tests under each default dtype of PyTorch
-	for dtype in bfloat16 float16 float64; do $(PYTEST) -m "not slow" --default-dtype $$dtype || exit 1; done
+	for dtype in $(DTYPES); do $(PYTEST) -m "not slow" --default-dtype $$dtype || exit 1; done
 
 kernels: .venv/run.stamp  ## build the C++ kernels again
 	$(BIN)/python -m pip install --quiet --no-deps --editable .

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import signal
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -57,20 +58,29 @@ def default(dtype):
         torch.set_default_dtype(before)
 
 
-def meaning_fp32(make, anywhere):
-    """``make`` under a default of fp32, where a test calls it itself (or ``anywhere``)."""
+def meaning_fp32(make, anywhere=True):
+    """``make`` under a default of fp32: wherever it is called, or only in tests."""
 
     @functools.wraps(make)
     def made(*args, **kwargs):
-        caller = sys._getframe(1)
-        while caller.f_code.co_filename == __file__:  # memory is poisoned on the way
-            caller = caller.f_back
-        if anywhere or caller.f_code.co_filename.startswith(HERE):
+        if anywhere or sys._getframe(1).f_code.co_filename.startswith(HERE):
             with default(torch.float32):
                 return make(*args, **kwargs)
         return make(*args, **kwargs)
 
     return made
+
+
+class Torch(types.ModuleType):
+    """What tests call torch: the tensors that they make are fp32."""
+
+    def __init__(self):
+        super().__init__("torch")
+        for factory in FACTORIES:
+            setattr(self, factory, meaning_fp32(lambda *args, f=factory, **kwargs: getattr(torch, f)(*args, **kwargs)))
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
 
 
 def subclasses(cls):
@@ -92,13 +102,15 @@ def _default_dtype(request, monkeypatch):
         return
     if reason is not None:
         pytest.skip(reason.args[0])
-    for factory in FACTORIES:
-        monkeypatch.setattr(torch, factory, meaning_fp32(getattr(torch, factory), anywhere=False))
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__file__", None) or ""
+        if file.startswith(HERE) and file != __file__ and getattr(module, "torch", None) is torch:
+            monkeypatch.setattr(module, "torch", Torch())
     for cls in FP32_MODULES:
         monkeypatch.setattr(cls, "__init__", meaning_fp32(cls.__init__, anywhere=False))
     for owner in subclasses(config.Config):
         if "build" in vars(owner):
-            monkeypatch.setattr(owner, "build", meaning_fp32(owner.build, anywhere=True))
+            monkeypatch.setattr(owner, "build", meaning_fp32(owner.build))
     with default(DEFAULTS[name]):
         yield
 

@@ -226,6 +226,7 @@ def without_times(results):
     ]
 
 
+@pytest.mark.float32("a command makes its models in the default dtype")
 def test_interrupted_run_reports_and_goes_on_to_the_same_results(tmp_path, text, monkeypatch, ctrl_c):
     whole = comparison(tmp_path / "whole", text).run()
     real, made = loop.Trainer._advance, []

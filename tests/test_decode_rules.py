@@ -182,6 +182,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.float32("what PyTorch makes of two numbers has the default dtype")
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(name):
     function, expected = OPTIONS[name]

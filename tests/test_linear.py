@@ -82,7 +82,7 @@ BIASES = {
     "negated view": lambda n: torch.randn(n, dtype=torch.complex64).conj().imag,
 }
 MATRICES = {
-    "dense": torch.randn,
+    "dense": lambda m, n: torch.randn(m, n),
     "transposed": lambda m, n: torch.randn(n, m).t(),
     "columns": lambda m, n: torch.randn(m, n + 5)[:, 2 : n + 2],
     "rows of a transposed one": lambda m, n: torch.randn(n, m + 5).t()[3 : m + 3],

@@ -25,6 +25,7 @@ def described(mixer, **changes):
     return LanguageModel.Config(**{"vocab_size": 256, "d_model": 64, "layers": (layer,) * 2, **changes})
 
 
+@pytest.mark.float32("models are counted in the dtype that they would be made in")
 @pytest.mark.parametrize("name", mixer_names())
 def test_sizes_are_counted_exactly(name):
     for cfg in find(name).examples().values():

@@ -592,6 +592,7 @@ def command(*arguments):
 SMALL = ("--mixer", "gla", "--d-model", 16, "--layers", 1, "--tokens", 640, "--context", 16, "--batch", 4)
 
 
+@pytest.mark.float32("a command makes its models in the default dtype")
 def test_the_command_trains_resumes_and_saves_a_model(tmp_path, monkeypatch, ctrl_c):
     text, out = tmp_path / "text.txt", tmp_path / "run"
     text.write_text("the cat sat on the mat. " * 30)
