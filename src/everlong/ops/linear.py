@@ -79,6 +79,9 @@ def _pieces(rows: int, work: int, least: int) -> list[int]:
 
 def _rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The product in pieces of the rows of x [... I]; the rest of them by MKL."""
+    rows = x.numel() // x.shape[-1]
+    if rows & (rows - 1) == 0:  # one piece, without a call more than it takes
+        return _onednn(x, _dense(weight), bias if bias is None or bias.is_contiguous() else bias.contiguous())
     return _rows_now(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
