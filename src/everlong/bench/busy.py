@@ -26,7 +26,7 @@ BURN = "import os\nwhile os.getppid() == {parent}: sum(range(10_000))"
 
 
 def worker(model: str, seconds: float, busy: int) -> float:
-    """Tokens per second of training, the median step, beside ``busy`` processes that begin after the warm-up."""
+    """Tokens per second of training, over all steps, beside ``busy`` processes that begin after the warm-up."""
     import time
 
     from .training import Shape, _our_step, _their_step, llama, models
