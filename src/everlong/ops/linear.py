@@ -63,11 +63,13 @@ def _for_onednn(work: int, *tensors: Tensor | None) -> bool:
     return not several_gradients(*given)
 
 
+def _one_piece(rows: int) -> bool:
+    """A power of two: of these there are few."""
+    return rows & (rows - 1) == 0
+
+
 def _pieces(rows: int, work: int, least: int) -> list[int]:
-    """Rows for oneDNN: all of them where they are a power of two, else multiples of ``least`` by 1, 4, 16 ..., which
-    are ``WORTH`` multiply-adds at ``work`` per row."""
-    if rows & (rows - 1) == 0:
-        return [rows]
+    """Rows for oneDNN: multiples of ``least`` by 1, 4, 16 ..., that are ``WORTH`` multiply-adds at ``work`` a row."""
     sizes, size = [], least
     while 4 * size <= rows:
         size *= 4
@@ -79,19 +81,16 @@ def _pieces(rows: int, work: int, least: int) -> list[int]:
 
 def _rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The product in pieces of the rows of x [... I]; the rest of them by MKL."""
-    rows = x.numel() // x.shape[-1]
-    if rows & (rows - 1) == 0:  # one piece, without a call more than it takes
-        return _onednn(x, _dense(weight), bias if bias is None or bias.is_contiguous() else bias.contiguous())
+    if _one_piece(x.numel() // x.shape[-1]):  # as it is, without a call more than it takes
+        return _whole(x, weight, bias)
     return _rows_now(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def _rows_now(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    weight, bias = _dense(weight), None if bias is None else bias.contiguous()
+    if _one_piece(len(x)):
+        return _whole(x, weight, bias)
+    weight, bias = _dense(weight), None if bias is None else bias.contiguous()  # once for all pieces
     sizes = _pieces(len(x), weight.numel(), ROWS)
-    if not sizes:
-        return F.linear(x, weight, bias)
-    if sizes == [len(x)]:
-        return _onednn(x, weight, bias)
     *parts, rest = x.split([*sizes, len(x) - sum(sizes)])
     done = [_onednn(part, weight, bias) for part in parts]
     if len(rest):
@@ -101,14 +100,14 @@ def _rows_now(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _summed(dy: Tensor, x: Tensor) -> Tensor:
     """``dy^T x`` summed over the rows of dy [N O] and x [N I], in pieces of the rows; the rest of them by MKL."""
+    if _one_piece(len(x)):
+        return _whole(dy.t(), x.t(), None)
     sizes = _pieces(len(x), dy.shape[1] * x.shape[1], SUMMED)
     rest = len(x) - sum(sizes)
     if not sizes:
         return dy.t() @ x
-    if sizes == [len(x)]:
-        return _onednn(dy.t(), _dense(x.t()), None)
     *parts, (last_dy, last_x) = zip(dy.split([*sizes, rest]), x.split([*sizes, rest]), strict=True)
-    total, *others = (_onednn(a.t(), _dense(b.t()), None) for a, b in parts)
+    total, *others = (_whole(a.t(), b.t(), None) for a, b in parts)
     for other in others:
         total.add_(other)
     return total.addmm_(last_dy.t(), last_x) if rest else total
@@ -149,6 +148,11 @@ _rows_op.register_autograd(_gradients, setup_context=_save)
 def _dense(weight: Tensor) -> Tensor:
     """oneDNN takes a matrix or its transpose; from a matrix with gaps it computes a thousand times slower."""
     return weight if weight.is_contiguous() or weight.t().is_contiguous() else weight.contiguous()
+
+
+def _whole(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product by oneDNN, from operands that it takes as they lie."""
+    return _onednn(x, _dense(weight), None if bias is None else bias.contiguous())
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import state as states
 from ..shapes import state_dtype
+from .transforms import under_torch_func
 
 Run = Callable[..., tuple[Tensor, Any]]
 
@@ -121,8 +122,7 @@ class Fence:
 
 def _may_look(x: Tensor) -> bool:
     """Whether a branch may depend on values: not while compiling, under ``torch.func``, or where it would stall."""
-    transformed = torch._C._functorch.maybe_current_level() is not None
-    return x.device.type == "cpu" and not transformed and not torch.compiler.is_compiling()
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not under_torch_func()
 
 
 def _finite(y: Tensor) -> bool:

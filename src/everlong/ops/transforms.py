@@ -26,15 +26,16 @@ REASON = (
 def transforming() -> bool:
     """Whether a transform of ``torch.func`` is under way, or differentiation in forward mode."""
     if torch.compiler.is_compiling():
-        return _under_torch_func()
-    return forward_ad._current_level >= 0 or _under_torch_func()
+        return under_torch_func()
+    return forward_ad._current_level >= 0 or under_torch_func()
 
 
-def _under_torch_func() -> bool:
+def under_torch_func() -> bool:
+    """Whether a transform of ``torch.func`` is under way."""
     return torch._C._functorch.maybe_current_level() is not None
 
 
-_under_torch_func._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a graph asks while it is being traced
+under_torch_func._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a graph asks while it is being traced
 
 
 def several_gradients(*tensors: Tensor) -> bool:

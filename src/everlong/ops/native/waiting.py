@@ -2,9 +2,9 @@
 
 In PyTorch's OpenMP runtime on Linux (libgomp) a thread that waits at a barrier spins for milliseconds. On a quiet
 machine nothing is faster. On a busy one it keeps the core from the very thread that it waits for, and training falls
-to a twentieth of its speed. libgomp spins only for an instant, then sleeps, once it manages more threads than there
-are cores. So while this process has to queue for its cores, a team of threads that do nothing is kept, asleep: waiting
-becomes sleeping, and no result changes. On a quiet machine there is no such team.
+to a fourteenth of its speed or less (LOG.md). libgomp spins only for an instant, then sleeps, once it manages more
+threads than there are cores. So while this process has to queue for its cores, a team of threads that do nothing is
+kept, asleep: waiting becomes sleeping, and no result changes. On a quiet machine there is no such team.
 
 ``look()`` is called by models, training and decoding; it reads how long this thread stood in the queue (Linux:
 ``/proc/thread-self/schedstat``) ten times a second. ``EVERLONG_WAIT=spin`` switches it off.
