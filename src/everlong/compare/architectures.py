@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from ..mixers import base
 from ..models import families
 from ..models.blocks import Layer, SwiGLU
 from ..models.lm import LanguageModel
+from ..models.sizes import size
 
 DEFAULT = ("attention", "mamba", "mamba2", "rwkv7", "griffin", "jamba")
 TOLERANCE = 0.05
@@ -128,20 +128,9 @@ def count(cfg: LanguageModel.Config) -> int:
         return sum(p.numel() for p in cfg.build().parameters())
 
 
-def _estimate(cfg: LanguageModel.Config) -> int:
-    """``count`` from single layers, each built once: the search asks for hundreds of models."""
-    norms = [cfg.norm, cfg.embed_norm] if cfg.embed_norm else [cfg.norm]
-    outside = sum(cfg.d_model * (2 if norm.style == "layer" else 1) for norm in norms)
-    tables = cfg.vocab_size * cfg.d_model * (1 if cfg.tied else 2)
-    return outside + tables + sum(_layer(layer, cfg.d_model, index > 0) for index, layer in enumerate(cfg.layers))
-
-
-@lru_cache(maxsize=4096)
-def _layer(layer: Layer.Config, d_model: int, later: bool) -> int:
-    """Parameters of a first layer, or of a later one (RWKV-7's differ)."""
-    with torch.device("meta"):
-        built = layer.build(d_model, base.Depth(1 if later else 0, 2))
-        return sum(p.numel() for p in built.parameters())
+def _params(cfg: LanguageModel.Config) -> int:
+    """``count``, of which equal layers are built once: the search asks for hundreds of models."""
+    return size(cfg).parameters
 
 
 def sized(
@@ -176,7 +165,7 @@ def _candidates(name: str, params: int, vocab_size: int, context: int, min_layer
 
         try:
             one, two = build(1), build(2)
-            first, unit = _estimate(one), _estimate(two) - _estimate(one)
+            first, unit = _params(one), _params(two) - _params(one)
         except ValueError as error:  # a width that this mixer cannot have
             problem = error
             continue
@@ -184,7 +173,7 @@ def _candidates(name: str, params: int, vocab_size: int, context: int, min_layer
         for repeats in sorted({max(least, round(1 + (params - first) / unit) + more) for more in (-1, 0, 1)}):
             if repeats * len(one.layers) <= MAX_LAYERS:
                 cfg = _with_mlp(build, repeats, params)
-                yield Sized(cfg, _estimate(cfg), _oddness(cfg, build(repeats), shape.d_model / ideal))
+                yield Sized(cfg, _params(cfg), _oddness(cfg, build(repeats), shape.d_model / ideal))
     if problem is not None:
         raise problem
 
@@ -202,7 +191,7 @@ def _shapes(chosen: Architecture, ideal: float, context: int) -> Iterator[Shape]
 def _with_mlp(build: Callable[..., LanguageModel.Config], repeats: int, params: int) -> LanguageModel.Config:
     """The model with its MLPs widened or narrowed (by half at most) to come nearest to ``params``."""
     plain, wide = build(repeats), build(repeats, 1.5)
-    now, more = _estimate(plain), _estimate(wide)
+    now, more = _params(plain), _params(wide)
     if more == now:
         return plain
     return build(repeats, min(1.5, max(0.5, 1 + 0.5 * (params - now) / (more - now))))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -60,12 +61,9 @@ def _key(layer: Any) -> Any:
 
 
 def _layer(layer: Any, index: int, d_model: int, most: int | None) -> Size:
+    build = _built if _key(layer) is layer else _built.__wrapped__
     try:
-        with torch.device("meta"), _few_tensors():
-            built = layer.build(d_model, base.Depth(min(index, 1), 2))
-            parameters = list(built.parameters())
-            count = sum(p.numel() for p in parameters)
-            kept = 0 if most is not None and count > most else states.nbytes(built.init_state(1))
+        return build(layer, index > 0, d_model, most, torch.get_default_dtype())
     except (RuntimeError, ArithmeticError, MemoryError, TypeError) as error:
         if isinstance(error, TypeError) and "verflow" not in str(error):
             raise  # a fault in the layer's own code
@@ -74,6 +72,16 @@ def _layer(layer: Any, index: int, d_model: int, most: int | None) -> Size:
             f"layer {index} ({layer.mixer.kind}) cannot be built at width {d_model:,}: {said}; "
             "are its options of a sensible size?"
         ) from error
+
+
+@lru_cache(4096)  # a search for a model of some size asks for hundreds that share their layers
+def _built(layer: Any, later: bool, d_model: int, most: int | None, dtype: torch.dtype) -> Size:
+    """The size of a first layer, or of a later one, made without memory under the default ``dtype``."""
+    with torch.device("meta"), _few_tensors():
+        built = layer.build(d_model, base.Depth(1 if later else 0, 2))
+        parameters = list(built.parameters())
+        count = sum(p.numel() for p in parameters)
+        kept = 0 if most is not None and count > most else states.nbytes(built.init_state(1))
     return Size(count, sum(p.numel() * p.dtype.itemsize for p in parameters), kept)
 
 
