@@ -107,10 +107,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, ValueError, OSError, KeyError, RuntimeError, OverflowError) as error:
-        raise ValueError(
-            f"{path} is not a whole safetensors file ({str(error)[:200]}); it was truncated or altered, "
-            "fetch or write it again"
-        ) from error
+        raise _damaged(path, error) from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -123,10 +120,14 @@ def read_metadata(path: Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
     except (SafetensorError, ValueError, OSError, RuntimeError) as error:
-        raise ValueError(
-            f"{path} is not a whole safetensors file ({str(error)[:200]}); it was truncated or altered, "
-            "fetch or write it again"
-        ) from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path} is not a whole safetensors file ({str(error)[:200]}); it was truncated or altered, "
+        "fetch or write it again"
+    )
 
 
 def read_json(path: Path) -> Any:

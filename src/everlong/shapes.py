@@ -43,6 +43,11 @@ def dims(spec: str, *tensors: Tensor | None) -> list[int]:
     return list(sizes.values())
 
 
+def extent(x: Tensor) -> int:
+    """Numbers from the first of ``x`` in memory to its last, gaps included."""
+    return 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+
+
 def check_starts(starts: Tensor | None, batch: int, time: int) -> None:
     """``starts`` must be ``None`` or bool ``[B T]``: True at the first token of each document."""
     if starts is None:

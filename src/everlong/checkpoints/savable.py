@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..models.identity import plain, plain_name
 from ..models.lm import LanguageModel
 from ..models.quantize import prepare
+from ..shapes import extent
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -72,8 +73,7 @@ def _check_shared(tensors: dict[str, Tensor]) -> None:
     spans = []
     for name, x in tensors.items():
         if x.numel():
-            length = 1 + sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
-            spans.append((str(x.device), x.data_ptr(), x.data_ptr() + length * x.element_size(), name))
+            spans.append((str(x.device), x.data_ptr(), x.data_ptr() + extent(x) * x.element_size(), name))
     spans.sort()
     for (device, _, end, first), (other, begin, _, second) in itertools.pairwise(spans):
         if device == other and begin < end:

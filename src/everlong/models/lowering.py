@@ -18,6 +18,7 @@ from ..ops import native
 from ..ops.native.product import MAX_ROWS
 from ..ops.native.program import Buffer, Instruction, Program, Ref
 from ..ops.record import Call
+from ..shapes import extent
 from . import guards
 from .guards import Unsupported
 
@@ -99,7 +100,7 @@ class Lowering:
             raise Unsupported("token ids that are used as numbers")
         if tensor.is_neg() or tensor.dtype not in self.dtypes:
             raise Unsupported(f"values of dtype {tensor.dtype}" if not tensor.is_neg() else "a view of minus a value")
-        if offset + numbers * _extent(tensor) > buffer.numbers:
+        if offset + numbers * extent(tensor) > buffer.numbers:
             raise Unsupported("a view beyond the value that it is a view of")
         return Ref(buffer, offset, tuple(numbers * s for s in tensor.stride()))
 
@@ -116,7 +117,7 @@ class Lowering:
         if tensor.device.type != "cpu" or tensor.layout != torch.strided:
             raise Unsupported(f"values on {tensor.device}, laid out as {tensor.layout}")
         if not self.known(tensor):
-            self.bind(tensor, Buffer(int(tensor.storage_offset()) + _extent(tensor)))
+            self.bind(tensor, Buffer(int(tensor.storage_offset()) + extent(tensor)))
         return self.ref(tensor)
 
     def dense(self, tensor: Tensor) -> Ref:
@@ -312,11 +313,6 @@ class Lowering:
 
 def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
-
-def _extent(tensor: Tensor) -> int:
-    """Numbers from the first of ``tensor`` to its last, in its own units."""
-    return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
 
 
 def _name(tensor: Tensor) -> str:

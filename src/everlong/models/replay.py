@@ -261,8 +261,7 @@ def _lower_block(to: Lowering, block: Block, x: Tensor, side: dict[str, Any], ro
         y, after = block.block.step(block.norm(x), before, **({"side": side} if block.block.side else {}))
         total = x + y
     to.lower(record.calls)
-    names = [[name for name, *_ in states.leaves(tree)] for tree in (before, after)]
-    if type(before) is not type(after) or names[0] != names[1]:
+    if type(before) is not type(after) or states.names(before) != states.names(after):
         raise Unsupported("a state of another kind than init_state makes")
     for name, value in side.items():
         if isinstance(value, Tensor) and to.is_state(value):
