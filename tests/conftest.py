@@ -100,7 +100,7 @@ def _default_dtype(request, monkeypatch):
     if name == "float32":
         yield
         return
-    if reason is not None:
+    if reason is not None and name == reason.kwargs.get("only", name):
         pytest.skip(reason.args[0])
     for module in list(sys.modules.values()):
         file = getattr(module, "__file__", None) or ""

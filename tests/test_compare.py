@@ -165,7 +165,7 @@ def test_recall_accuracy_of_an_oracle_and_of_a_guess():
     assert measure.recall_accuracy(silent, task, 20, seed=0) == 0.0
 
 
-@pytest.mark.float32("training in fp16 needs a scaled loss", but="float16")
+@pytest.mark.float32("training in fp16 needs a scaled loss", only="float16")
 def test_learning_ends_where_nothing_is_left_to_learn():
     model = sized("gla", 20_000, vocab_size=66).build()
     task = RECALL.replace(tokens=8 * 32 * 150)
@@ -197,7 +197,7 @@ def test_a_state_that_grows_undeclared_is_refused(monkeypatch):
         cost.measured_bytes(model, torch.zeros(1, 10, dtype=torch.long), (10,))
 
 
-@pytest.mark.float32("training in fp16 needs a scaled loss", but="float16")
+@pytest.mark.float32("training in fp16 needs a scaled loss", only="float16")
 def test_miniature_run(tmp_path, text):
     results = comparison(tmp_path / "run", text).run()
     assert results["complete"] and results == json.loads((tmp_path / "run/results.json").read_text())

@@ -25,7 +25,7 @@ def text():
 
 
 @pytest.mark.parametrize("name", ["attention", "mamba", "mamba2", "rwkv7", "griffin"])
-@pytest.mark.float32("training in fp16 needs a scaled loss", but="float16")
+@pytest.mark.float32("training in fp16 needs a scaled loss", only="float16")
 def test_perplexity_of_trained_models(name, text):
     found = drift.perplexity_drift(name, SETTINGS, text, BOUNDS)
     assert float(found.base.split()[2]) < 5, "bits per byte: it has not learnt anything that could be lost"

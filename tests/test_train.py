@@ -268,7 +268,7 @@ def test_settings_are_checked():
 # The loop
 
 
-@pytest.mark.float32("training in fp16 needs a scaled loss", but="float16")
+@pytest.mark.float32("training in fp16 needs a scaled loss", only="float16")
 def test_it_learns_and_reports(tmp_path):
     seen = []
     text = corpus()
@@ -338,7 +338,7 @@ def interrupt_at(step):
 
 
 @pytest.mark.parametrize("make", [model, Noisy])
-@pytest.mark.float32("training in fp16 needs a scaled loss", but="float16")
+@pytest.mark.float32("training in fp16 needs a scaled loss", only="float16")
 def test_resumed_runs_equal_uninterrupted_ones(tmp_path, make):
     whole, cut = make(), make()
     expected = Trainer(whole, corpus(), CFG).run()
@@ -441,7 +441,7 @@ def test_damaged_checkpoints_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("size", [200, 20_000])  # of the largest file: too small for the metrics, for the checkpoint
-@pytest.mark.float32("training in fp16 needs a scaled loss", but="float16")
+@pytest.mark.float32("training in fp16 needs a scaled loss", only="float16")
 def test_a_full_disk_loses_nothing(tmp_path, size):
     with pytest.raises(RuntimeError):
         Trainer(model(), corpus(), CFG.replace(save_every=1), tmp_path).run(interrupt_at(1))
@@ -646,7 +646,7 @@ def test_jobs_are_plain_data(tmp_path):
     assert read_model_config(tmp_path / "model.json") == job.model
 
 
-@pytest.mark.float32("training in fp16 needs a scaled loss", but="float16")
+@pytest.mark.float32("training in fp16 needs a scaled loss", only="float16")
 def test_a_run_with_a_tokenizer_goes_on_from_any_folder(tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
