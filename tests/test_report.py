@@ -382,6 +382,15 @@ def test_a_busy_machine_is_said(page, sign):
     assert "Not counted, since the machine was busy: the speeds." in found(results, "all_round")["reason"]
 
 
+def test_a_busy_machine_hides_no_figure():
+    results = made_up("mamba", "mamba2", "attention")
+    results["models"][0]["load"] = 8.3
+    attention = next(model for model in results["models"] if model["name"] == "attention")
+    attention["engine"] = {"in_python": 2, "blocks": 4}
+    reason = found(results, "decode")["reason"]
+    assert "Measured" in reason and "Not compared" in reason and "with 2 of 4 blocks in Python" in reason
+
+
 def test_a_growing_state_that_was_timed_faster_is_noise():
     results = made_up("mamba", "attention")
     for model in results["models"]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 import os
+import reprlib
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -63,14 +64,14 @@ def _fitting(name: str, value: Any, hint: Any, bounds: tuple[float, float] | Non
         return value if absent or len(given) > 1 else _fitting(name, value, given[0], bounds)
     if origin is tuple:
         if not isinstance(value, (tuple, list)):
-            raise ValueError(f"{name} must be a list, got {_shown(value)}; give a single one as [{_shown(value)}]")
+            raise ValueError(f"{name} must be a list, got {shown(value)}; give a single one as [{shown(value)}]")
         return tuple(_fitting(name, item, options[0], bounds) for item in value)
     if hint is int:
         return whole(name, value, *(bounds or COUNT))
     if hint is float:
         return number(name, value, *(bounds or AMOUNT))
     if origin is None and isinstance(hint, type) and not isinstance(value, hint):
-        raise ValueError(f"{name} must be {_called(hint)}, got {_shown(value)}")
+        raise ValueError(f"{name} must be {_called(hint)}, got {shown(value)}")
     return value
 
 
@@ -85,22 +86,25 @@ def whole(name: str, value: Any, low: float = COUNT[0], high: float = COUNT[1]) 
     except TypeError:
         found = None
     if found is None or not low <= found <= high:
-        raise ValueError(f"{name} must be a whole number from {low} to {high}, got {_shown(value)}")
+        raise ValueError(f"{name} must be a whole number from {low} to {high}, got {shown(value)}")
     return found
 
 
 def number(name: str, value: Any, low: float = AMOUNT[0], high: float = AMOUNT[1]) -> float:
     """``value`` as a float from ``low`` to ``high``; else ``ValueError``."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
-        raise ValueError(f"{name} must be a number from {low:g} to {high:g}, got {_shown(value)}")
+        raise ValueError(f"{name} must be a number from {low:g} to {high:g}, got {shown(value)}")
     return float(value)
 
 
-def _shown(value: Any) -> str:
-    """A value in a message; numbers of thousands of digits (which Python refuses to print) by their size."""
+def shown(value: Any) -> str:
+    """``repr``, cut to a piece of a line, since values from files may be of any size; long numbers by their size."""
     if isinstance(value, int) and value.bit_length() > 200:
         return f"a number of {value.bit_length()} bits"
-    return repr(value)
+    brief = reprlib.Repr()
+    brief.maxstring = brief.maxother = brief.maxlong = 80
+    brief.maxlevel, brief.maxdict = 3, 4
+    return brief.repr(value)
 
 
 def folder(path: str | Path) -> Path:

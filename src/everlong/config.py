@@ -15,7 +15,6 @@ import difflib
 import importlib
 import inspect
 import json
-import reprlib
 import sys
 import types
 import typing
@@ -27,7 +26,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from typing_extensions import Self
 
-from .arguments import Bounds, check
+from .arguments import Bounds, check, shown
 
 BLOCKS = ("everlong.models.blocks", "everlong.models.channel_mix")
 OURS = ("everlong.mixers.", "everlong.models.", "everlong.tasks.")  # where a file may find a class by its dotted path
@@ -61,14 +60,6 @@ def import_from(folder: str) -> None:
     """Look for dotted paths in ``folder`` too ("" is the current one): behind all else, only while one is imported."""
     if folder not in _folders:
         _folders.append(folder)
-
-
-def shown(value: Any) -> str:
-    """``repr``, cut to a piece of a line: values from files may be of any size."""
-    brief = reprlib.Repr()
-    brief.maxstring = brief.maxother = 80
-    brief.maxlevel, brief.maxdict = 3, 4
-    return brief.repr(value)
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

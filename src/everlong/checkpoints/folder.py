@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import reading, shown, suggest
+from ..arguments import shown
+from ..config import reading, suggest
 from ..files import atomic_together, json_checksum, read_json, read_tensors, save_tensors
 from ..machine import require_memory
 from ..models.identity import fingerprint, record

@@ -78,14 +78,15 @@ def speed(model: LanguageModel, tokens: Tensor, lengths: tuple[int, ...], *, sec
     prefill: list[list[float]] = []
     decode: list[dict[str, Any]] = []
     model.read(_cycled(tokens, lengths[0]))
+    decoder = Decoder(model)
     for length in lengths:
         if prefill and length > 1024 and length / prefill[-1][1] > 4 * seconds:
             break
         rate, state = _prefill(model, _cycled(tokens, length), seconds)
         prefill.append([length, rate])
         if length >= 1024:
-            decode.append({"context": length, **_decode(model, tokens, state, seconds, steps)})
-    in_python, blocks = engine(Decoder(model))
+            decode.append({"context": length, **_decode(decoder, tokens, state, seconds, steps)})
+    in_python, blocks = engine(decoder)
     return Speed(prefill, decode, {"in_python": in_python, "blocks": blocks}, load)
 
 
@@ -101,9 +102,8 @@ def _prefill(model: LanguageModel, prompt: Tensor, seconds: float) -> tuple[floa
 
 
 @torch.no_grad()
-def _decode(model: LanguageModel, tokens: Tensor, state: Any, seconds: float, steps: int) -> dict[str, float]:
+def _decode(decoder: Decoder, tokens: Tensor, state: Any, seconds: float, steps: int) -> dict[str, float]:
     """Milliseconds per token, as ``generate`` makes them: on one owned state."""
-    decoder = Decoder(model)
     decoder.load(state)
     times: list[float] = []
     for index in range(WARM_UP + steps):

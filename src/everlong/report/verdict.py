@@ -63,7 +63,9 @@ def _decide(measure: Measure, results: Results) -> Finding:
         return _finding(measure.key, measure.need, "missing", "not measured", reason=_absent(reading, names))
     if measure.key in SPEEDS and len(reading.values) > 1 and (told := busy(results)):
         rows = [f"{names[n]} {measure.full(reading.values[n])}" for n in _ordered(measure, reading)]
-        reason = f"{told} Measured{_where(measure, reading)}: {'; '.join(rows)}."
+        reason = (
+            f"{told} Measured{_where(measure, reading)}: {'; '.join(rows)}. {_aside(measure, reading, names)}".strip()
+        )
         return _finding(measure.key, measure.need, "none", "not judged on a busy machine", reason=reason)
     winners = first_places(measure, reading)
     apart = f" ({len(reading.aside)} not compared)" if reading.aside else ""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..config import shown
+from ..arguments import shown
 from ..files import atomic_save_tensors, parse_json, read_metadata, read_tensors, tensor_checksum
 from ..models.identity import plain, plain_name
 
