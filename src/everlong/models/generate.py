@@ -97,47 +97,14 @@ class Generation(Iterator[int]):
     """What ``generate`` returns: an iterator of token ids, with the state that has read them as ``.session``."""
 
     def __init__(
-        self,
-        model: LanguageModel,
-        prompt: Sequence[int],
-        *,
-        max_tokens: int = 256,
-        sampling: Sampling = Sampling(),
-        session: Session | None = None,
-        stop_ids: int | Sequence[int] = (),
-        piece: int = 2048,
+        self, model: LanguageModel, read: Tensor, session: Session, sampling: Sampling, left: int, stop_ids: set[int]
     ) -> None:
-        self.model, self.sampling, self.left = model, sampling, whole("max_tokens", max_tokens, 0)
-        self.stop_ids = set(ids("stop_ids", stop_ids))
-        if not isinstance(sampling, Sampling):
-            raise ValueError(f"sampling must be Sampling(temperature=..., ...), got {sampling!r}")
-        device = model.norm.weight.device
-        tokens = _ids(prompt).to(device)[None]
-        if session is not None:
-            states.check_like(session, new_session(model, 0), 1, "session")
-            states.check_values(session, "session")
-        elif not tokens.numel():
-            raise ValueError("the prompt is empty; give at least one token, or a session to go on from")
-        self._check(tokens)
-        before: Any = None if session is None else session.state
-        if tokens.numel():
-            self._logits, before = model.read(tokens, before, piece=whole("piece", piece))
-        else:
-            assert session is not None
-            self._logits = session.logits
-        self._decoder = Decoder(model)
-        self._decoder.load(before)
-        self._seen = torch.zeros(model.cfg.vocab_size, dtype=torch.bool, device=device)
-        self._seen[tokens[0]] = True
-        self._generator = None if sampling.seed is None else torch.Generator(device).manual_seed(sampling.seed)
-
-    def _check(self, tokens: Tensor) -> None:
-        vocabulary = self.model.cfg.vocab_size
-        if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary):
-            raise ValueError(
-                f"the prompt holds ids from {int(tokens.min())} to {int(tokens.max())}, expected 0 to "
-                f"{vocabulary - 1}; encode it with this model's tokenizer"
-            )
+        self.model, self.sampling, self.left, self.stop_ids = model, sampling, left, stop_ids
+        self._logits, self._decoder = session.logits, Decoder(model)
+        self._decoder.load(session.state)
+        self._seen = torch.zeros(model.cfg.vocab_size, dtype=torch.bool, device=read.device)
+        self._seen[read[0]] = True
+        self._generator = None if sampling.seed is None else torch.Generator(read.device).manual_seed(sampling.seed)
 
     @property
     def session(self) -> Session:
@@ -202,9 +169,29 @@ def generate(
     before this returns, ``piece`` tokens at a time.
     ``ValueError`` for an empty prompt, ids outside the vocabulary, or weights that give NaN.
     """
-    return Generation(
-        model, prompt, max_tokens=max_tokens, sampling=sampling, session=session, stop_ids=stop_ids, piece=piece
-    )
+    left, ends = whole("max_tokens", max_tokens, 0), set(ids("stop_ids", stop_ids))
+    if not isinstance(sampling, Sampling):
+        raise ValueError(f"sampling must be Sampling(temperature=..., ...), got {sampling!r}")
+    tokens = _ids(prompt).to(model.norm.weight.device)[None]
+    if session is not None:
+        states.check_like(session, new_session(model, 0), 1, "session")
+        states.check_values(session, "session")
+    elif not tokens.numel():
+        raise ValueError("the prompt is empty; give at least one token, or a session to go on from")
+    _check_vocabulary(tokens, model.cfg.vocab_size)
+    if tokens.numel():
+        logits, state = model.read(tokens, None if session is None else session.state, piece=whole("piece", piece))
+        session = Session(state=state, logits=logits)
+    assert session is not None
+    return Generation(model, tokens, session, sampling, left, ends)
+
+
+def _check_vocabulary(tokens: Tensor, vocabulary: int) -> None:
+    if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary):
+        raise ValueError(
+            f"the prompt holds ids from {int(tokens.min())} to {int(tokens.max())}, expected 0 to "
+            f"{vocabulary - 1}; encode it with this model's tokenizer"
+        )
 
 
 def stream_text(
