@@ -8,7 +8,7 @@ import torch
 
 import everlong.ops
 from everlong import laws, numerics, state
-from everlong.aliasing import apart
+from everlong.laws_aliasing import apart
 from everlong.ops.cases import CASES, Case
 
 FOLDER = Path(everlong.ops.__file__).parent

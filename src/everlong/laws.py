@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from . import state as states
-from .aliasing import aliasing
 from .config import Config
 from .files import atomic_save_tensors, read_tensors
-from .isolation import isolation
+from .laws_aliasing import aliasing
+from .laws_isolation import isolation
 from .laws_transforms import transforms
 from .mixers import base
 from .models.blocks import Layer, SwiGLU

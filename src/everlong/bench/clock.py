@@ -87,6 +87,11 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     }
 
 
+def asked(measured: float, most: float, unit: str = "") -> str:
+    """The words for what a measurement should be at most, and whether it is: "asked: at most 1.25; holds"."""
+    return f"asked: at most {most:g}{unit}; {'holds' if measured <= most else 'does NOT hold'}"
+
+
 def figure(value: float) -> str:
     """Three digits, and no exponent for large numbers."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -78,14 +78,12 @@ def main() -> None:
     """Measure and print two lines."""
     count, rounds = (int(given) for given in (sys.argv[1:] + ["200", "9"][len(sys.argv) - 1 :]))
     added = memory_of_prompts(count)
-    verdict = "holds" if added <= ALLOWED_MIB else "does NOT hold"
-    print(f"{count} prompts of different lengths: {added:+.1f} MiB; asked: at most +{ALLOWED_MIB:g} MiB; {verdict}")
+    print(f"{count} prompts of different lengths: {added:+.1f} MiB; {clock.asked(added, ALLOWED_MIB, ' MiB')}")
     ratio = slowdown(rounds)
-    verdict = "holds" if ratio["median"] <= ALLOWED_RATIO else "does NOT hold"
     print(
         f"training on new lengths: {ratio['median']:.2f} times the time of one length "
         f"({ratio['min']:.2f} to {ratio['max']:.2f}, {ratio['rounds']:.0f} rounds); "
-        f"asked: at most {ALLOWED_RATIO:g}; {verdict}"
+        f"{clock.asked(ratio['median'], ALLOWED_RATIO)}"
     )
 
 

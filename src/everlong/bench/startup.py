@@ -30,11 +30,10 @@ def measure(rounds: int) -> tuple[dict[str, float], dict[str, float], dict[str, 
 def main() -> None:
     """Measure and print the line."""
     alone, both, extra = measure(int(sys.argv[1]) if len(sys.argv) > 1 else 9)
-    holds = "holds" if extra["median"] <= ALLOWED else "does NOT hold"
     print(
         f"import torch {alone['median']:.2f} s, with everlong {both['median']:.2f} s: "
         f"{extra['median']:+.3f} s ({extra['min']:+.3f} to {extra['max']:+.3f}, {extra['rounds']:.0f} rounds); "
-        f"asked: at most +{ALLOWED} s; {holds}"
+        f"{clock.asked(extra['median'], ALLOWED, ' s')}"
     )
 
 

@@ -58,9 +58,8 @@ def diagonal_scan_chunk(b: Tensor, g: Tensor, *, state: Tensor, starts: Tensor |
         h, final = diagonal_scan_chunk(next(parts), g.repeat_interleave(2, dim=-1), state=next(parts), starts=starts)
         return torch.view_as_complex(h.unflatten(-1, (-1, 2))), torch.view_as_complex(final.unflatten(-1, (-1, 2)))
     h, _ = _scan_op(b.to(state.dtype), g.to(state.dtype), state, starts)
-    return _as_output(h, b), (
-        h[:, -1] if b.shape[1] else state
-    ).clone()  # a view would keep all of h alive with the state
+    final = h[:, -1] if b.shape[1] else state
+    return _as_output(h, b), final.clone()  # a view would keep all of h alive with the state
 
 
 def _wide(x: Tensor, state: Tensor) -> torch.dtype:
