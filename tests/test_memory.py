@@ -1,6 +1,5 @@
 """What memory does not hold is refused before it is taken, with the sizes; a large model is counted quickly."""
 
-import resource
 import subprocess
 import sys
 import time
@@ -9,6 +8,7 @@ import pytest
 import torch
 
 from everlong import machine
+from everlong.bench.memory import forget_peak, peak_bytes
 from everlong.config import find, mixer_names
 from everlong.models.blocks import MLP, Layer, SwiGLU
 from everlong.models.channel_mix import ChannelMix
@@ -58,13 +58,14 @@ HUGE = {
 @pytest.mark.parametrize("name", HUGE)
 def test_a_model_that_cannot_fit_is_refused_at_once(name):
     cfg = HUGE[name]()
-    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    forget_peak()  # of the tests before this one
+    before, began = peak_bytes(), time.perf_counter()
     with pytest.raises(
         ValueError, match=r"needs .*B, and .* of memory are free; choose|cannot be built|more than 10,000 tensors"
     ):
         cfg.build()
     assert time.perf_counter() - began < 30
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # kB: what PyTorch loads to count
+    assert peak_bytes() - before < 400e6  # what PyTorch loads to count
 
 
 def test_training_that_cannot_fit_is_refused_before_the_text_is_read(tmp_path, monkeypatch):
@@ -109,3 +110,14 @@ def test_limits_of_the_control_group_count(monkeypatch):
 def test_sizes_in_words():
     said = [machine.in_words(n) for n in (0, 999, 1500, 999_600_000, 644_000_000_000, 2 * 10**17)]
     assert said == ["0 bytes", "999 bytes", "1.5 kB", "1000 MB", "644 GB", "200,000 TB"]
+
+
+def test_a_peak_is_that_of_the_process_alone_and_can_begin_anew():
+    code = "from everlong.bench.memory import peak_bytes; print(peak_bytes())"
+    held = torch.ones(2**29, dtype=torch.uint8)
+    theirs = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert theirs < peak_bytes() - 256e6, "a process is charged with what the one that started it held"
+    before = peak_bytes()
+    del held
+    forget_peak()
+    assert before - peak_bytes() > 400e6

@@ -16,16 +16,14 @@ from everlong.models.lm import LanguageModel
 ROOT = Path(__file__).parent.parent
 
 READ = """
-import resource
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+from everlong.bench.memory import peak_bytes
 document, state = torch.randint(0, 256, (1, {count} * 512)), None
 pieces = document.split(512, dim=1)
 for number, piece in enumerate(pieces):
     {recipe}
     if number == 4:
-        before = peak()
-print(peak() - before)
+        before = peak_bytes()
+print((peak_bytes() - before) / 2**20)
 """
 
 

@@ -69,7 +69,7 @@ def peak_bytes() -> int:
         return held if sys.platform == "darwin" else held * 1024
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
     """Let the peak begin anew, where Linux allows it: building a model may take more than using it."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
@@ -77,7 +77,7 @@ def _forget_peak() -> None:
 
 def _read(model: LanguageModel, length: int) -> dict[str, Any]:
     tokens = torch.randint(0, model.cfg.vocab_size, (1, length))
-    _forget_peak()
+    forget_peak()
     model.read(tokens)
     return {"peak_bytes": peak_bytes()}
 
@@ -85,7 +85,7 @@ def _read(model: LanguageModel, length: int) -> dict[str, Any]:
 def _loss(model: LanguageModel, length: int) -> dict[str, Any]:
     tokens = torch.randint(0, model.cfg.vocab_size, (1, length + 1))
     model.loss(tokens[:, :64], tokens[:, 1:65]).backward()
-    _forget_peak()
+    forget_peak()
     before = peak_bytes()
     model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
     return {"peak_bytes": peak_bytes(), "taken_bytes": peak_bytes() - before}
