@@ -1,17 +1,24 @@
 """Models that are wrapped, shared, mixed or changed: saved and loaded right, or refused at once with the reason."""
 
 import copy
+import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 from torch import nn
 
 import everlong
+from everlong.checkpoints.folder import load_tokenizer
 from everlong.config import find
 from everlong.files import read_tensors
 from everlong.models.blocks import Layer, SwiGLU
 from everlong.models.lm import LanguageModel
 from everlong.models.quantize import quantized
+from everlong.tokenizer import ByteTokenizer, FileTokenizer
 from everlong.train import checkpoint
 from everlong.train.data import Corpus
 from everlong.train.loop import Trainer
@@ -249,3 +256,119 @@ def test_a_run_with_shared_layers_goes_on(tmp_path):
         trainer.run(lambda step: step.step == 4 and (_ for _ in ()).throw(RuntimeError("enough")))
     model = shared(1)
     assert losses(model, tmp_path) == want and model.head.weight is model.embedding.weight
+
+
+SAVER = """
+import os, sys
+import torch, everlong
+from everlong.config import find
+from everlong.models.blocks import Layer
+from everlong.models.lm import LanguageModel
+from everlong.tokenizer import ByteTokenizer, FileTokenizer
+
+def save(value, folder, tokenizer):
+    layer = Layer.Config(mixer=find("lru").Config())
+    model = LanguageModel.Config(vocab_size=300, d_model=32, layers=(layer,) * value).build()
+    everlong.save(model, folder, tokenizer)
+"""
+
+
+def letters(folder):
+    """A tokenizer file."""
+    library = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    library.save(str(folder / "letters.json"))
+    return folder / "letters.json"
+
+
+def saver(code, *arguments):
+    return subprocess.Popen([sys.executable, "-c", SAVER + code, *map(str, arguments)])
+
+
+def saved_number(folder):
+    """Which of the models of ``SAVER`` lies there, after all checks of its files."""
+    model, tokenizer = everlong.load(folder), load_tokenizer(folder)
+    assert len(model.layers) % 2 == isinstance(tokenizer, ByteTokenizer)
+    return len(model.layers)
+
+
+ONE_KILLED = """
+folder, vocabulary, first, fatal = sys.argv[1:5]
+replace, calls = os.replace, 0
+def counting(*paths):
+    global calls
+    calls += 1
+    if calls == int(fatal):
+        os._exit(9)
+    replace(*paths)
+os.replace = counting
+save(int(first), folder, ByteTokenizer() if int(first) % 2 else FileTokenizer(vocabulary))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [1, 2])
+def test_a_save_that_is_killed_leaves_the_earlier_model_or_the_new_one(tmp_path, first):
+    vocabulary = letters(tmp_path)
+    folder = tmp_path / "model"
+    assert saver(ONE_KILLED, folder, vocabulary, first, 0).wait() == 0
+    found, new = first, first + 1
+    for fatal in (1, 2, 3, 4, 5, 2, 3, 1):  # one killed save after the other
+        died = saver(ONE_KILLED, folder, vocabulary, new, fatal).wait()
+        assert died in (0, 9)
+        now = saved_number(folder)
+        assert now == new if died == 0 else now in (found, new)
+        found, new = now, new + 1
+    assert saver(ONE_KILLED, folder, vocabulary, new, 0).wait() == 0
+    assert saved_number(folder) == new
+    assert not list(folder.glob(".*before*")), "the next save clears up"
+
+
+MANY = """
+folder, vocabulary, first = sys.argv[1:4]
+for value in range(int(first), int(first) + 12):
+    save(value % 6 + 1, folder, FileTokenizer(vocabulary) if value % 2 else ByteTokenizer())
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_save_while_a_third_loads(tmp_path):
+    vocabulary, folder = letters(tmp_path), tmp_path / "model"
+    assert saver(ONE_KILLED, folder, vocabulary, 1, 0).wait() == 0
+    running = [saver(MANY, folder, vocabulary, first) for first in (0, 3)]
+    loads = 0
+    while any(process.poll() is None for process in running):
+        everlong.load(folder)
+        load_tokenizer(folder)
+        loads += 1
+    assert [process.returncode for process in running] == [0, 0]
+    assert loads > 3 and saved_number(folder) in range(1, 7)
+
+
+def test_a_disk_that_refuses_half_way_leaves_the_earlier_files(tmp_path, monkeypatch):
+    everlong.save(small(seed=1), tmp_path / "model", FileTokenizer(letters(tmp_path)))
+    want = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    replace = os.replace
+    for fatal in (1, 2, 3, 4):
+        calls = itertools.count(1)
+
+        def refusing(*paths, calls=calls, fatal=fatal):
+            if next(calls) == fatal:
+                raise OSError(5, "Input/output error")
+            replace(*paths)
+
+        monkeypatch.setattr(os, "replace", refusing)
+        with pytest.raises(OSError, match="the previous file, if any, is intact"):
+            everlong.save(small(seed=2), tmp_path / "model", ByteTokenizer())
+        assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == want, fatal
+
+
+def test_the_tokenizer_that_a_model_was_saved_with_stays(tmp_path):
+    folder = tmp_path / "model"
+    everlong.save(small(), folder, ByteTokenizer())
+    (folder / "tokenizer.json").write_bytes(letters(tmp_path).read_bytes())  # of a save that was killed, or a copy
+    assert isinstance(load_tokenizer(folder), ByteTokenizer)
+    everlong.save(small(), folder)
+    assert isinstance(load_tokenizer(folder), ByteTokenizer)
+    everlong.save(small(), folder, FileTokenizer(letters(tmp_path)))
+    everlong.save(small(), folder)
+    assert isinstance(load_tokenizer(folder), FileTokenizer)

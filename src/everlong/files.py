@@ -5,12 +5,15 @@ Whatever a file holds, reading it ends in its contents or in a ``ValueError`` th
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import glob
 import json
 import math
 import os
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,9 +33,15 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_together(*paths: Path) -> Iterator[tuple[Path, ...]]:
-    """``atomic`` for files that belong together: none is replaced before all of them are on the disk."""
+def atomic_together(*paths: Path, removed: Sequence[Path] = ()) -> Iterator[tuple[Path, ...]]:
+    """``atomic`` for files that belong together, and for some that go with the old ones: all change, or none.
+
+    The last of ``paths`` names the others, by their checksums. Until it is replaced, what it named lies beside them
+    (``versions``): who is killed at any moment leaves either the old files or the new ones to a reader who looks
+    there. Two processes that write the same files do so one after the other.
+    """
     temporaries: list[Path] = []
+    aside: dict[Path, Path] = {}
     try:
         for path in paths:
             temporaries.append(_beside(path))
@@ -40,9 +49,21 @@ def atomic_together(*paths: Path) -> Iterator[tuple[Path, ...]]:
         for temporary in temporaries:
             _sync(temporary)
             os.chmod(temporary, 0o666 & ~_umask())
-        for temporary, path in zip(temporaries, paths, strict=True):
-            os.replace(temporary, path)
-        _sync(paths[0].parent)
+        with locked(paths[0].parent, fcntl.LOCK_EX):
+            try:
+                for path in [*paths[:-1], *removed]:
+                    if path.is_file():
+                        aside[path] = _put_aside(path)
+                for temporary, path in zip(temporaries, paths, strict=True):
+                    os.replace(temporary, path)
+            except BaseException:
+                for path, old in aside.items():
+                    os.replace(old, path)
+                raise
+            _sync(paths[0].parent)
+            for path in [*paths[:-1], *removed]:
+                for old in versions(path)[1:]:
+                    old.unlink(missing_ok=True)
     except OSError as error:
         raise OSError(
             error.errno, f"could not write {paths[0]}: {error.strerror}; the previous file, if any, is intact"
@@ -52,10 +73,46 @@ def atomic_together(*paths: Path) -> Iterator[tuple[Path, ...]]:
             temporary.unlink(missing_ok=True)
 
 
-def _beside(path: Path) -> Path:
+_ASIDE = "before."
+
+
+def _put_aside(path: Path) -> Path:
+    """Where ``versions`` finds what was at ``path``."""
+    old = _beside(path, _ASIDE)
+    try:
+        os.replace(path, old)
+    except OSError:
+        old.unlink()
+        raise
+    return old
+
+
+def versions(path: Path) -> list[Path]:
+    """``path``, and what a process that was killed while it wrote ``path`` had put aside."""
+    return [path, *sorted(path.parent.glob(f".{glob.escape(path.name)}.{_ASIDE}*"))]
+
+
+@contextmanager
+def locked(folder: Path, how: int = fcntl.LOCK_SH) -> Iterator[None]:
+    """Files of ``folder`` that belong together are not replaced meanwhile, where the file system has locks.
+
+    With ``LOCK_EX``, no other process is in such a block either.
+    """
+    handle = None
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, how)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _beside(path: Path, mark: str = "") -> Path:
     """A new, empty file in the folder of ``path``, which is made where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.{mark}", dir=path.parent)
     os.close(handle)
     return Path(name)
 

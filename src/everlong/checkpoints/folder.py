@@ -6,6 +6,7 @@ weights, so that what was truncated or altered is refused.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import zlib
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from ..arguments import shown
 from ..config import reading, suggest
-from ..files import atomic_together, json_checksum, read_json, read_tensors, save_tensors
+from ..files import atomic_together, json_checksum, locked, read_json, read_tensors, save_tensors, versions
 from ..machine import require_memory
 from ..models.identity import fingerprint, record
 from ..models.lm import LanguageModel
@@ -32,10 +33,7 @@ ENTRIES = {"format", "fingerprint", "weights", "quantized", "tokenizer", "model"
 
 
 def save(model: nn.Module, folder: str | Path, tokenizer: FileTokenizer | ByteTokenizer | None = None) -> None:
-    """Write ``model`` to ``folder`` (made where missing): each file whole, and none before all are on the disk.
-
-    They then replace the earlier ones one after the other: a process that is killed between two of them leaves files of
-    two models, which ``load`` refuses by their checksums.
+    """Write ``model`` to ``folder`` (made where missing); a kill meanwhile leaves the earlier model, or this one.
 
     Compiled and parallel wrappers are taken off. Without ``tokenizer`` the one that lies there stays. ``ValueError``
     for a model that loading would not give back (see ``savable``); ``OSError`` where a file cannot be written;
@@ -44,23 +42,37 @@ def save(model: nn.Module, folder: str | Path, tokenizer: FileTokenizer | ByteTo
     folder = Path(folder)
     found, tensors = savable(model)
     tensors = {name: _compact(tensor) for name, tensor in tensors.items()}
-    names = [WEIGHTS, CONFIG, *([FILE] if isinstance(tokenizer, FileTokenizer) else [])]
-    with atomic_together(*(folder / name for name in names)) as (weights, config, *vocabulary):
+    names = [WEIGHTS, *([FILE] if isinstance(tokenizer, FileTokenizer) else []), CONFIG]
+    removed = [folder / FILE] if isinstance(tokenizer, ByteTokenizer) else []
+    with atomic_together(*(folder / name for name in names), removed=removed) as (weights, *vocabulary, config):
         save_tensors(weights, tensors, {"format": "pt"})
         for path in vocabulary:
             path.write_text(tokenizer.library.to_str(), encoding="utf-8")  # type: ignore[union-attr]
-        kept = [] if isinstance(tokenizer, ByteTokenizer) else vocabulary or [folder / FILE]
+        if tokenizer is None:
+            entry = _tokenizer_entry(folder)
+        else:
+            entry = {"tokenizer": _described(vocabulary[0]) if vocabulary else None}
         data = {
             "format": "everlong-1",
             "fingerprint": f"{json_checksum(found.cfg.to_dict())}-{fingerprint(found).partition('-')[2]}",
             "weights": _described(weights),
             **({} if found.weights is None else {"quantized": found.weights}),
-            **({"tokenizer": _described(kept[0])} if kept and kept[0].is_file() else {}),
+            **entry,
             "model": found.cfg.to_dict(),
         }
         config.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    if isinstance(tokenizer, ByteTokenizer):
-        (folder / FILE).unlink(missing_ok=True)
+
+
+def _tokenizer_entry(folder: Path) -> dict[str, Any]:
+    """What the config in ``folder`` says of the tokenizer that lies there: its description, None for bytes, or nothing.
+
+    Where it does not know the file, the file counts.
+    """
+    with contextlib.suppress(ValueError):
+        data = read_config(folder)
+        if "tokenizer" in data and (data["tokenizer"] is None or _saved_file(folder / FILE, data["tokenizer"])):
+            return {"tokenizer": data["tokenizer"]}
+    return {"tokenizer": _described(folder / FILE)} if (folder / FILE).is_file() else {}
 
 
 def _compact(tensor: Tensor) -> Tensor:
@@ -84,16 +96,14 @@ def load(
     code that is not Everlong's, that code runs only with ``trust_code``. ``ValueError`` for a folder without a model,
     an unknown config key or format, weights that are truncated, altered, of another shape, or not finite.
     """
-    data = read_config(folder)
-    saved, known = data.get("quantized"), data.get("fingerprint")
-    _check_formats(folder, saved, weights, dtype)
-    path = Path(folder) / WEIGHTS
-    if not path.is_file():
-        raise ValueError(f"{folder} holds a {CONFIG} but no {WEIGHTS}; copy it there, or save the model again")
-    _check_file(path, data.get("weights"))
-    with reading(Path(folder) / CONFIG, trust_code=trust_code):
-        cfg = LanguageModel.Config.from_dict(data["model"])
-    tensors = read_tensors(path)
+    with locked(Path(folder)):
+        data = read_config(folder)
+        saved, known = data.get("quantized"), data.get("fingerprint")
+        _check_formats(folder, saved, weights, dtype)
+        path = _saved_file(Path(folder) / WEIGHTS, data.get("weights"))
+        with reading(Path(folder) / CONFIG, trust_code=trust_code):
+            cfg = LanguageModel.Config.from_dict(data["model"])
+        tensors = read_tensors(path)
     _check_size(cfg, tensors, path)
     model = hollow(cfg, saved)
     _check_tensors(model, tensors, path)
@@ -126,12 +136,12 @@ def _check_formats(folder: str | Path, saved: str | None, weights: str | None, d
 
 def load_tokenizer(folder: str | Path) -> FileTokenizer | ByteTokenizer:
     """The tokenizer saved beside a model: its ``tokenizer.json``, or bytes. ``ValueError`` where it was altered."""
-    path, recorded = Path(folder) / FILE, read_config(folder).get("tokenizer")
-    if recorded is not None and not path.is_file():
-        raise ValueError(f"{folder} was saved with a {FILE}, which is missing; copy it there")
-    if path.is_file():
-        _check_file(path, recorded)
-    return open_tokenizer(folder)
+    with locked(Path(folder)):
+        data = read_config(folder)
+        if "tokenizer" not in data:
+            return open_tokenizer(folder)
+        recorded = data["tokenizer"]
+        return ByteTokenizer() if recorded is None else FileTokenizer(_saved_file(Path(folder) / FILE, recorded))
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -145,7 +155,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if odd := sorted(set(data) - ENTRIES):
         raise ValueError(f"{path} has an entry {shown(odd[0])}{suggest(odd[0], ENTRIES)}")
     for name in ("weights", "tokenizer"):
-        if name in data and not _is_description(data[name]):
+        if name in data and not (_is_description(data[name]) or (name == "tokenizer" and data[name] is None)):
             raise ValueError(f"{path}: {name} is {shown(data[name])}, expected its length and checksum")
     for name in ("quantized", "fingerprint"):
         if name in data and not isinstance(data[name], str):
@@ -172,16 +182,21 @@ def _described(path: Path) -> dict[str, int]:
     return {"bytes": size, "crc32": checksum}
 
 
-def _check_file(path: Path, expected: dict[str, int] | None) -> None:
-    """``ValueError`` where the file is not the one that was described; nothing where none was."""
-    if expected is None:
-        return
-    found = _described(path)
-    if found != expected:
-        raise ValueError(
-            f"{path} is not the file that was saved ({found['bytes']} bytes, checksum {found['crc32']}; expected "
-            f"{expected['bytes']}, {expected['crc32']}); it was truncated or altered, copy it again"
-        )
+def _saved_file(path: Path, expected: dict[str, int] | None) -> Path:
+    """Where the file lies that was described, or any of that name where none was; ``ValueError`` where it does not."""
+    found = None
+    for candidate in versions(path):
+        if candidate.is_file():
+            described = _described(candidate)
+            if expected in (None, described):
+                return candidate
+            found = found or described
+    if found is None or expected is None:
+        raise ValueError(f"{path.parent} holds a {CONFIG} but no {path.name}; copy it there, or save the model again")
+    raise ValueError(
+        f"{path} is not the file that was saved ({found['bytes']} bytes, checksum {found['crc32']}; expected "
+        f"{expected['bytes']}, {expected['crc32']}); it was truncated or altered, copy it again"
+    )
 
 
 def _check_size(cfg: LanguageModel.Config, tensors: dict[str, Tensor], path: Path) -> None:
