@@ -72,6 +72,19 @@ REFUSED = [
     (("bench", "ops", "--quick", "--threads", HUGE), "threads must be a whole number from 1 to 4096"),
     (("bench", "ops", "--quick", "--seconds", "nan"), "seconds must be a number from"),
     (("bench", "ops", "--quick", "--out", "MODEL/text.txt"), "text.txt is a file, so it cannot be the folder"),
+    *(
+        ((*command.split(), ""), "the path is empty (a variable that is not set?); give one")
+        for command in (
+            "generate",
+            "generate MODEL a --session",
+            "train MODEL --out",
+            "train MODEL --config",
+            "train --resume",
+            "compare --out",
+            "bench ops --quick --out",
+            "bench models --quick --out",
+        )
+    ),
     (("bench", "models", "--quick", "--lengths", HUGE), "lengths must be a whole number from 1 to"),
 ]
 
