@@ -156,6 +156,24 @@ class StepLosesPrecision(Average):
             self.whole = False
 
 
+class RoundsItsState(Average):
+    def step(self, x, state):
+        y, after = super().step(x, state)
+        return y, self.State(memory=after.memory.to(y.dtype))
+
+
+class DetachesItsState(Average):
+    def forward(self, x, state=None, *, starts=None):
+        y, state = super().forward(x, state, starts=starts)
+        return y, self.State(memory=state.memory.detach())
+
+
+class ForgetsAfterAWhile(Average):
+    def forward(self, x, state=None, *, starts=None):
+        y, state = super().forward(x, state, starts=starts)
+        return torch.cat([y[:, :256], 1.001 * y[:, 256:]], dim=1), state
+
+
 class DoesNotCompile(Average):
     def forward(self, x, state=None, *, starts=None):
         if float(x.sum()) > 1e9:
@@ -235,6 +253,7 @@ BROKEN = {
     "matrix": WrongMatrix,
     "names": NamesWhatIsNot,
     "bfloat16": LosesPrecision,
+    "autocast": RoundsItsState,
     "compile": DoesNotCompile,
     "gradients": HasDeadParameters,
     "decode": CountsItsCalls,
@@ -251,6 +270,12 @@ def test_a_sound_mixer_obeys(law):
 def test_a_broken_one_is_found_and_the_law_named(law):
     with pytest.raises(laws.LawBroken, match=f"{BROKEN[law].__name__} breaks the law of {law} "):
         laws.check(laws.subjects(BROKEN[law])[0], law)
+
+
+@pytest.mark.parametrize("mixer", [DetachesItsState, ForgetsAfterAWhile])
+def test_pieces_are_held_to_the_whole_in_gradients_and_at_length(mixer):
+    with pytest.raises(laws.LawBroken, match=f"{mixer.__name__} breaks the law of split "):
+        laws.check(laws.subjects(mixer)[0], "split")
 
 
 def test_a_matrix_that_is_declared_must_be_there():

@@ -29,7 +29,7 @@ from .models.decode import Decoder
 from .models.lm import LanguageModel
 from .numerics import assert_close
 
-LENGTHS = (1, 2, 63, 100)
+LENGTHS = (1, 2, 63, 100, 300)
 
 
 class LawBroken(AssertionError):
@@ -97,25 +97,48 @@ def _random_cuts(length: int) -> list[list[int]]:
     return [random, short]
 
 
-@torch.no_grad()
 def split(subject: Subject) -> None:
-    """Calling on a, then on b with the state, equals calling on ab."""
+    """Calling on a, then on b with the state, equals calling on ab: outputs, final state, gradients."""
     module = subject.module()
     for length in LENGTHS:
         x = subject.input(2, length)
-        want, final = module(x)
-        if float(want.abs().max()) < 1e-9:
-            raise AssertionError("the output is zero, so nothing was tested")
-        for cuts in _random_cuts(length):
-            got, ours = _pieces(module, x, cuts)
-            same(got, want, f"output of {length} tokens cut at {cuts}")
-            same(ours, final, f"final state of {length} tokens cut at {cuts}")
+        with torch.no_grad():
+            want, final = module(x)
+            if float(want.abs().max()) < 1e-9:
+                raise AssertionError("the output is zero, so nothing was tested")
+            for cuts in _random_cuts(length):
+                got, ours = _pieces(module, x, cuts)
+                same(got, want, f"output of {length} tokens cut at {cuts}")
+                same(ours, final, f"final state of {length} tokens cut at {cuts}")
+    x = subject.input(2, 40)
+    x.requires_grad_(x.is_floating_point())
+    want, final = module(x)
+    got, ours = _pieces(module, x, [1, 17])
+    _same_gradients(module, x, (want, final), (got, ours), "40 tokens cut at 1 and 17")
+
+
+def _same_gradients(module: Any, x: Tensor, whole: tuple[Tensor, Any], ours: tuple[Tensor, Any], what: str) -> None:
+    """Both ways to the same outputs and state have the same gradients, of the input and of every parameter."""
+    floats = [
+        [leaf for _, leaf, _ in states.leaves(state) if leaf.dtype.is_floating_point] for _, state in (whole, ours)
+    ]
+    pairs = list(zip([whole[0], *floats[0]], [ours[0], *floats[1]], strict=True))
+    weights = [torch.randn_like(want) for want, _ in pairs]
+    named = {**({"the input": x} if x.requires_grad else {}), **dict(module.named_parameters())}
+    found: list[tuple[Tensor | None, ...]] = []
+    for side in range(2):
+        total = torch.stack([(pair[side] * weight).sum() for pair, weight in zip(pairs, weights, strict=True)]).sum()
+        found.append(torch.autograd.grad(total, list(named.values()), allow_unused=True))
+    for name, theirs, mine in zip(named, *found, strict=True):
+        if (mine is None) != (theirs is None):
+            raise AssertionError(f"only one of the two ways to {what} uses {name}")
+        if theirs is not None:
+            same(mine, theirs, f"gradient of {name} over {what}", 1e-7)
 
 
 def step(subject: Subject) -> None:
     """forward over T tokens equals T calls of step: outputs, final state, gradients; and step_ equals step."""
     module = subject.module()
-    parameters = list(module.parameters())
     for length in (1, 12, 63):
         x = subject.input(2, length).requires_grad_()
         with torch.no_grad():
@@ -124,15 +147,7 @@ def step(subject: Subject) -> None:
         got, ours = _steps(module.step, x, prefix)
         same(got, want, f"output of {length} steps")
         same(ours, final, f"final state after {length} steps")
-        cotangent = torch.randn(want.shape, dtype=want.dtype)
-        grads = torch.autograd.grad((want * cotangent).sum(), [x, *parameters], allow_unused=True)
-        stepped = torch.autograd.grad((got * cotangent).sum(), [x, *parameters], allow_unused=True)
-        names = ["the input", *(name for name, _ in module.named_parameters())]
-        for name, ours, theirs in zip(names, stepped, grads, strict=True):
-            if (ours is None) != (theirs is None):
-                raise AssertionError(f"only one of step and forward uses {name}")
-            if theirs is not None:
-                same(ours, theirs, f"gradient of {name} over {length} steps", 1e-7)
+        _same_gradients(module, x, (want, final), (got, ours), f"{length} steps")
         with torch.no_grad():
             owned = states.map_leaves(torch.clone, prefix)
             got, ours = _steps(module.step_, x, owned)
@@ -289,6 +304,26 @@ def bfloat16(subject: Subject) -> None:
 
 
 @torch.no_grad()
+def autocast(subject: Subject) -> None:
+    """Under autocast to bf16 the output stays within the tolerance table, and the state keeps its dtypes."""
+    exact, module = subject.module(), subject.module(torch.float32)
+    exact.load_state_dict(module.state_dict())
+    x = subject.input(2, 63, torch.float32)
+    want = exact(x.double())[0].to(torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, after = module(x)
+        last, stepped = module.step(x[:, -1], module(x[:, :-1])[1])
+    assert_close(got.to(torch.bfloat16), want, "output under autocast")
+    assert_close(last.to(torch.bfloat16), want[:, -1], "output of a step under autocast")
+    for state in (after, stepped):
+        for (name, ours, _), (_, usual, _) in zip(
+            states.leaves(state), states.leaves(module.init_state(2)), strict=True
+        ):
+            if ours.dtype != usual.dtype:
+                raise AssertionError(f"state leaf {name} is {ours.dtype} under autocast, expected {usual.dtype}")
+
+
+@torch.no_grad()
 def compiles(subject: Subject) -> None:
     """torch.compile(fullgraph=True) accepts forward and step, with the same results."""
     module = subject.module()
@@ -369,6 +404,7 @@ LAWS: dict[str, Callable[[Subject], None]] = {
     "round trip": round_trip,
     "matrix": matrix,
     "bfloat16": bfloat16,
+    "autocast": autocast,
     "compile": compiles,
     "gradients": gradients,
     "decode": decodes,
