@@ -24,7 +24,7 @@ LEVELS = [
     {"mixers"},
     {"models"},
     {"laws_aliasing"},
-    {"checkpoints", "laws", "laws_isolation", "laws_transforms"},
+    {"checkpoints", "laws", "laws_isolation", "laws_precision", "laws_transforms"},
     {"train", "tasks", "bench"},
     {"report"},
     {"compare"},

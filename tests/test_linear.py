@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from everlong import numerics
 from everlong.ops import linear as module
-from everlong.ops.linear import Linear, linear
+from everlong.ops.linear import Linear, linear, precise_linear
 
 needs_onednn = pytest.mark.skipif(not module.ONEDNN, reason="no AVX-512, so MKL serves")
 
@@ -263,3 +263,20 @@ def test_memory_of_new_lengths_is_bounded():
     code = "from everlong.bench.lengths import memory_of_prompts; print(memory_of_prompts(60))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 20  # MiB; 330 where each length is compiled
+
+
+@pytest.mark.parametrize("rows", [1, 128, 129, 1000])
+@pytest.mark.parametrize("graph", [True, False])
+def test_fp32_weights_keep_their_digits_for_bf16_inputs(rows, graph):
+    """As good as the fp32 product, rounded once: half an ulp of bf16, of which rounded weights make more."""
+    x, weight = torch.randn(2, rows, 48, dtype=torch.bfloat16), torch.randn(96, 48, dtype=torch.float32)
+    weight.requires_grad_(graph)
+    y = precise_linear(x, weight)
+    assert y.dtype == torch.bfloat16 and y.shape == (2, rows, 96)
+    want = x.double() @ weight.detach().double().T
+    best, rounded = want.to(torch.bfloat16).double(), x.double() @ weight.detach().to(torch.bfloat16).double().T
+    error = (y.detach().double() - want).norm()
+    assert error < 1.01 * (best - want).norm() < 1.2 * (rounded.to(torch.bfloat16).double() - want).norm()
+    if graph:
+        (grad,) = torch.autograd.grad(y.float().sum(), weight)
+        numerics.assert_close(grad, x.float().sum((0, 1)).expand(96, 48).contiguous(), "gradient")

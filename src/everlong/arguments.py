@@ -43,6 +43,13 @@ def check(record: Any) -> None:
             raise ValueError(f"{name} = {least} and {most} = {getattr(record, most)}, expected {name} <= {most}")
 
 
+def path(text: str | Path) -> Path:
+    """A path of the command line; ``OSError`` where it is empty (Typer would hide what a ``ValueError`` says)."""
+    if not str(text).strip():
+        raise OSError("the path is empty (a variable that is not set?); give one, . for the folder you are in")
+    return Path(text)
+
+
 @cache
 def _declared(cls: Any) -> tuple[dict[str, Any], dict[str, tuple[float, float]]]:
     """Types of the fields of a class, and the bounds that it and its parents say."""

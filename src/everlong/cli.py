@@ -10,14 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
-
-def _path(text: str | Path) -> Path:
-    if not str(text).strip():  # Typer would wrap a ValueError, and leave out what it says
-        raise OSError("the path is empty (a variable that is not set?); give one, . for the folder you are in")
-    return Path(text)
+from .arguments import path
 
 
-_PATH: Any = {"parser": _path, "metavar": "PATH"}
+def _at(help: str, **shown: Any) -> Any:
+    return typer.Option(parser=path, metavar="PATH", help=help, **shown)
+
+
 _TRUST = typer.Option("--trust-code", help="Run the code of your own that the folder or file names.")
 app = typer.Typer(
     name="everlong",
@@ -53,9 +52,7 @@ def compare(
         int | None,
         typer.Option(help="Tokens that every model is trained on.", show_default="500,000; quick: 120,000"),
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(**_PATH, help="Folder of the results.", show_default="runs/compare")
-    ] = None,
+    out: Annotated[Path | None, _at("Folder of the results.", show_default="runs/compare")] = None,
     seed: Annotated[int, typer.Option(help="Of initial values, order of the text, and samples.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Short: small models, hardly trained.")] = False,
 ) -> None:
@@ -88,7 +85,7 @@ def compare(
 def generate(
     model: Annotated[
         Path,
-        typer.Argument(parser=_path, help="Folder of a model, as written by compare, train or everlong.save."),
+        typer.Argument(parser=path, help="Folder of a model, as written by compare, train or everlong.save."),
     ],
     prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.")] = "-",
     max_tokens: Annotated[int, typer.Option(help="Longest continuation, in tokens.")] = 256,
@@ -101,7 +98,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
     session: Annotated[
         Path | None,
-        typer.Option(**_PATH, help="Go on from the session in this file, if it exists, and save it there at the end."),
+        _at("Go on from the session in this file, if it exists, and save it there at the end."),
     ] = None,
     weights: Annotated[
         str | None,
@@ -154,10 +151,7 @@ def train(
     mixer: Annotated[str, typer.Option(help="A name from `everlong list`, or the dotted path of your own.")] = "mamba2",
     config: Annotated[
         Path | None,
-        typer.Option(
-            **_PATH,
-            help="A model's config as JSON (or the folder of a model), in place of --mixer, --d-model and --layers.",
-        ),
+        _at("A model's config as JSON (or the folder of a model), in place of --mixer, --d-model and --layers."),
     ] = None,
     d_model: Annotated[int, typer.Option(help="Width of the model.")] = 128,
     layers: Annotated[int, typer.Option(help="Number of layers.")] = 4,
@@ -171,13 +165,11 @@ def train(
     tokenizer: Annotated[str | None, typer.Option(help="A tokenizer.json; without it, bytes.")] = None,
     bf16: Annotated[bool | None, typer.Option("--bf16", help="Compute in bfloat16 where that is safe.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same run.", show_default="0")] = None,
-    out: Annotated[
-        Path | None, typer.Option(**_PATH, help="Folder of the run.", show_default="runs/train-MIXER")
-    ] = None,
+    out: Annotated[Path | None, _at("Folder of the run.", show_default="runs/train-MIXER")] = None,
     save_every: Annotated[
         int | None, typer.Option(help="Save the run every so many steps.", show_default="100")
     ] = None,
-    resume: Annotated[Path | None, typer.Option(**_PATH, help="Go on with the run in this folder.")] = None,
+    resume: Annotated[Path | None, _at("Go on with the run in this folder.")] = None,
     trust_code: Annotated[bool, _TRUST] = False,
 ) -> None:
     """Train a language model on text; killed at any moment, --resume goes on from the last save.
@@ -253,7 +245,7 @@ _THREADS = typer.Option(help="Threads of every contender.", show_default="one fo
 _SECONDS = typer.Option(help="For the rounds of one comparison; three rounds are always made.")
 _MINUTES = typer.Option(help="No measurement begins later than this; the rest is skipped.")
 _GOALS = typer.Option("--goals", hidden=True, help="Hold the figures to the goals of the project.")
-_BENCH_OUT = typer.Option(**_PATH, help="Folder of results.json and report.html.")
+_BENCH_OUT = _at("Folder of results.json and report.html.")
 _COMMAS = "separated by commas"
 
 

@@ -20,7 +20,7 @@ from .. import arguments, config, shapes
 from .. import state as states
 from ..ops.gate import gate
 from ..ops.gated_norm import gated_norm
-from ..ops.linear import Linear, linear
+from ..ops.linear import Linear, linear, precise_linear
 from ..ops.norm import norm
 from ..ops.short_conv import short_conv, short_conv_step, windows
 
@@ -294,7 +294,7 @@ def weights_and_bias(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         y = precise(module, x)
         return y, y.new_zeros(y.shape[-1:])
     if x.dtype in NARROW:
-        return linear(x.to(module.weight.dtype), module.weight).to(x.dtype), module.bias
+        return precise_linear(x, module.weight), module.bias
     return linear(x, module.weight), module.bias
 
 

@@ -45,6 +45,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _rows(x, weight, bias)
 
 
+def precise_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``linear`` of bf16 or fp16 inputs and fp32 weights with all digits of these, rounded at its end: y like x.
+
+    Where many rows are read in bf16, the weights are the sum of two bf16 numbers (16 digits; y has 8), which is one
+    product that reads and writes bf16: ``y = [x x] [high low]^T``.
+    """
+    rows = x.numel() // x.shape[-1]
+    if rows <= ROWS or x.dtype != torch.bfloat16 or (torch.is_grad_enabled() and weight.requires_grad):
+        return linear(x.to(weight.dtype), weight).to(x.dtype)
+    high = weight.to(x.dtype)
+    low = (weight - high).to(x.dtype)
+    return F.linear(torch.cat([x, x], dim=-1), torch.cat([high, low], dim=-1))
+
+
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """The kernels read what the shapes promise, so these are looked at first."""
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
