@@ -362,6 +362,31 @@ def test_a_disk_that_refuses_half_way_leaves_the_earlier_files(tmp_path, monkeyp
         assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == want, fatal
 
 
+def test_an_interrupt_after_the_last_file_keeps_the_new_model(tmp_path, monkeypatch):
+    everlong.save(small(), tmp_path, FileTokenizer(letters(tmp_path)))
+    replace = os.replace
+
+    def interrupted(source, target):
+        replace(source, target)
+        if str(target).endswith("config.json"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        everlong.save(small(seed=2), tmp_path, ByteTokenizer())
+    assert torch.equal(everlong.load(tmp_path).embedding.weight, small(seed=2).embedding.weight)
+    assert isinstance(load_tokenizer(tmp_path), ByteTokenizer)
+
+
+def test_leftovers_that_cannot_go_harm_nobody(tmp_path):
+    everlong.save(small(), tmp_path)
+    (tmp_path / ".model.safetensors.before.folder").mkdir()
+    (tmp_path / ".model.safetensors.before.file").write_bytes(b"")
+    everlong.save(small(seed=2), tmp_path)
+    assert torch.equal(everlong.load(tmp_path).embedding.weight, small(seed=2).embedding.weight)
+    assert not (tmp_path / ".model.safetensors.before.file").exists()
+
+
 def test_the_tokenizer_that_a_model_was_saved_with_stays(tmp_path):
     folder = tmp_path / "model"
     everlong.save(small(), folder, ByteTokenizer())

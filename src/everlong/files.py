@@ -38,32 +38,25 @@ def atomic_together(*paths: Path, removed: Sequence[Path] = ()) -> Iterator[tupl
 
     The last of ``paths`` names the others, by their checksums. Until it is replaced, what it named lies beside them
     (``versions``): who is killed at any moment leaves either the old files or the new ones to a reader who looks
-    there. Two processes that write the same files do so one after the other.
+    there. Two processes that write such files in one folder do so one after the other.
     """
     temporaries: list[Path] = []
-    aside: dict[Path, Path] = {}
+    folder = paths[0].parent
     try:
-        for path in paths:
-            temporaries.append(_beside(path))
-        yield tuple(temporaries)
-        for temporary in temporaries:
-            _sync(temporary)
-            os.chmod(temporary, 0o666 & ~_umask())
-        with locked(paths[0].parent, fcntl.LOCK_EX):
-            try:
-                for path in [*paths[:-1], *removed]:
-                    if path.is_file():
-                        aside[path] = _put_aside(path)
-                for temporary, path in zip(temporaries, paths, strict=True):
-                    os.replace(temporary, path)
-            except BaseException:
-                for path, old in aside.items():
-                    os.replace(old, path)
-                raise
-            _sync(paths[0].parent)
-            for path in [*paths[:-1], *removed]:
-                for old in versions(path)[1:]:
-                    old.unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder, fcntl.LOCK_EX) if len(paths) > 1 else contextlib.nullcontext():
+            for path in paths:
+                temporaries.append(_beside(path))
+            yield tuple(temporaries)
+            for temporary in temporaries:
+                _sync(temporary)
+                os.chmod(temporary, 0o666 & ~_umask())
+            earlier = [*paths[:-1], *removed]
+            _exchange(temporaries, paths, earlier)
+            _sync(folder)
+            for old in (old for path in earlier for old in versions(path)[1:]):
+                with contextlib.suppress(OSError):  # a leftover that stays harms nobody
+                    old.unlink()
     except OSError as error:
         raise OSError(
             error.errno, f"could not write {paths[0]}: {error.strerror}; the previous file, if any, is intact"
@@ -71,6 +64,22 @@ def atomic_together(*paths: Path, removed: Sequence[Path] = ()) -> Iterator[tupl
     finally:
         for temporary in temporaries:
             temporary.unlink(missing_ok=True)
+
+
+def _exchange(temporaries: Sequence[Path], paths: Sequence[Path], earlier: Sequence[Path]) -> None:
+    """Put ``earlier`` aside and the temporaries in their places; from the last one on the new files count."""
+    aside: dict[Path, Path] = {}
+    try:
+        for path in earlier:
+            if path.is_file():
+                aside[path] = _put_aside(path)
+        for temporary, path in zip(temporaries, paths, strict=True):
+            os.replace(temporary, path)
+    except BaseException:
+        if temporaries[-1].exists():
+            for path, old in aside.items():
+                os.replace(old, path)
+        raise
 
 
 _ASIDE = "before."
@@ -106,6 +115,8 @@ def locked(folder: Path, how: int = fcntl.LOCK_SH) -> Iterator[None]:
         yield
     finally:
         if handle is not None:
+            with contextlib.suppress(OSError):  # explicitly: a process forked meanwhile has the handle too
+                fcntl.flock(handle, fcntl.LOCK_UN)
             os.close(handle)
 
 
