@@ -441,8 +441,9 @@ class TestMemory:
     def test_the_loss_never_holds_all_logits(self):
         layer = Layer.Config(mixer=find("lru").Config())
         cfg = LanguageModel.Config(vocab_size=50280, d_model=16, layers=(layer,))
-        found = memory.measured("loss", {"model": cfg.to_dict(), "length": 4096, "threads": 1})
-        assert 0 < found["taken_bytes"] < 0.5 * 4 * 4096 * 50280
+        for _ in range(3):  # memory in pieces of other sizes is sometimes used again, and sometimes not
+            found = memory.measured("loss", {"model": cfg.to_dict(), "length": 4096, "threads": 1})
+            assert 0 < found["taken_bytes"] < 0.35 * 4 * 4096 * 50280
 
     def test_a_failure_has_its_last_words(self):
         with pytest.raises(RuntimeError, match=r"measuring memory \(read\) failed: RuntimeError: .*negative dimension"):

@@ -25,7 +25,7 @@ from .blocks import Layer, Norm
 from .packed import PackedEmbedding, PackedLinear
 from .sizes import check_fits
 
-LOSS_LOGITS = 2**24  # logits held at once by the loss
+LOSS_LOGITS = 2**24  # logits held at once by the loss, at most
 
 
 class LanguageModel(nn.Module):
@@ -221,7 +221,7 @@ class LanguageModel(nn.Module):
         """
         hidden, _ = self.hidden(tokens, starts=starts)
         rows, wanted = hidden.flatten(0, 1), targets.flatten()
-        size = max(1, LOSS_LOGITS // self.cfg.vocab_size)
+        size = 1 << (max(1, LOSS_LOGITS // self.cfg.vocab_size).bit_length() - 1)  # one piece of ``ops/linear``
         if len(rows) <= size:
             losses = self._losses(rows, wanted)
         else:
