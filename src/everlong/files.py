@@ -44,9 +44,9 @@ def atomic_together(*paths: Path, removed: Sequence[Path] = ()) -> Iterator[tupl
     folder = paths[0].parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder, fcntl.LOCK_EX) if len(paths) > 1 else contextlib.nullcontext():
+        with locked(folder, fcntl.LOCK_EX) if len(paths) > 1 else contextlib.nullcontext(False) as alone:
             for path in paths:
-                temporaries.append(_beside(path))
+                temporaries.append(_beside(path, _NEW))
             yield tuple(temporaries)
             for temporary in temporaries:
                 _sync(temporary)
@@ -54,8 +54,11 @@ def atomic_together(*paths: Path, removed: Sequence[Path] = ()) -> Iterator[tupl
             earlier = [*paths[:-1], *removed]
             _exchange(temporaries, paths, earlier)
             _sync(folder)
-            for old in (old for path in earlier for old in versions(path)[1:]):
-                with contextlib.suppress(OSError):  # a leftover that stays harms nobody
+            leftovers = [old for path in earlier for old in versions(path)[1:]]
+            if alone:  # of processes that were killed: nobody else writes here now
+                leftovers += [old for path in (*paths, *removed) for old in _marked(path, _NEW)]
+            for old in leftovers:
+                with contextlib.suppress(OSError):  # one that stays harms nobody
                     old.unlink()
     except OSError as error:
         raise OSError(
@@ -82,7 +85,12 @@ def _exchange(temporaries: Sequence[Path], paths: Sequence[Path], earlier: Seque
         raise
 
 
-_ASIDE = "before."
+_NEW, _ASIDE = "new.", "before."
+
+
+def _marked(path: Path, mark: str) -> list[Path]:
+    """What ``_beside`` made for ``path`` with this mark."""
+    return sorted(path.parent.glob(f".{glob.escape(path.name)}.{mark}*"))
 
 
 def _put_aside(path: Path) -> Path:
@@ -98,21 +106,22 @@ def _put_aside(path: Path) -> Path:
 
 def versions(path: Path) -> list[Path]:
     """``path``, and what a process that was killed while it wrote ``path`` had put aside."""
-    return [path, *sorted(path.parent.glob(f".{glob.escape(path.name)}.{_ASIDE}*"))]
+    return [path, *_marked(path, _ASIDE)]
 
 
 @contextmanager
-def locked(folder: Path, how: int = fcntl.LOCK_SH) -> Iterator[None]:
-    """Files of ``folder`` that belong together are not replaced meanwhile, where the file system has locks.
+def locked(folder: Path, how: int = fcntl.LOCK_SH) -> Iterator[bool]:
+    """Files of ``folder`` that belong together are not replaced meanwhile; False where the file system has no locks.
 
     With ``LOCK_EX``, no other process is in such a block either.
     """
-    handle = None
+    handle, held = None, False
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         fcntl.flock(handle, how)
+        held = True
     try:
-        yield
+        yield held
     finally:
         if handle is not None:
             with contextlib.suppress(OSError):  # explicitly: a process forked meanwhile has the handle too
@@ -120,7 +129,7 @@ def locked(folder: Path, how: int = fcntl.LOCK_SH) -> Iterator[None]:
             os.close(handle)
 
 
-def _beside(path: Path, mark: str = "") -> Path:
+def _beside(path: Path, mark: str) -> Path:
     """A new, empty file in the folder of ``path``, which is made where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.{mark}", dir=path.parent)
