@@ -26,8 +26,8 @@ from everlong.checkpoints.folder import _described
 from everlong.compare.run import _read
 from everlong.config import dumps, find
 from everlong.files import sealed, tensor_checksum
+from everlong.generation.sampler import Sampling
 from everlong.models.blocks import Layer, SwiGLU
-from everlong.models.generate import Sampling
 from everlong.models.lm import LanguageModel
 from everlong.train import checkpoint
 from everlong.train.job import Job, read_job, train

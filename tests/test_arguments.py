@@ -24,9 +24,11 @@ from everlong.compare.architectures import architecture, sized
 from everlong.compare.run import Comparison
 from everlong.compare.settings import Recall, Settings, profile
 from everlong.config import find
+from everlong.generation.generate import generate
+from everlong.generation.sampler import Sampling, filtered, penalised
+from everlong.generation.text import stream_text
 from everlong.mixers import base
 from everlong.models.blocks import Layer, Norm
-from everlong.models.generate import Sampling, filtered, generate, penalised, stream_text
 from everlong.models.lm import LanguageModel
 from everlong.models.presets import preset
 from everlong.models.quantize import quantized
@@ -103,8 +105,8 @@ def use(cfg):
 
 def drawn_from(cfg):
     torch.Generator().manual_seed(cfg.seed or 0)
-    logits = penalised(torch.randn(9), torch.ones(9, dtype=torch.bool), cfg.repetition_penalty)
-    return filtered(logits, cfg).softmax(-1) if cfg.temperature > 1e-6 else logits
+    logits = penalised(torch.randn(1, 9), torch.ones(1, 9, dtype=torch.bool), cfg.repetition_penalty)
+    return filtered(logits, [cfg]).softmax(-1) if cfg.temperature > 1e-6 else logits
 
 
 @pytest.mark.parametrize("cls,name,whole,several", CASES)

@@ -5,6 +5,7 @@ import inspect
 import io
 import pkgutil
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import everlong
 from everlong import laws, numerics
 from everlong.compare import cost
-from everlong.compare.architectures import DEFAULT, architecture, sized
+from everlong.compare.architectures import DEFAULT, sized
 from everlong.compare.settings import Settings, quick
 from everlong.config import find, mixer_names
-from everlong.models.blocks import Layer
-from everlong.models.decode import Decoder
-from everlong.models.generate import generate
+from everlong.generation.decoder import Decoder
+from everlong.generation.generate import generate
+from everlong.generation.sampler import Sampling
+from everlong.models.blocks import Layer, SwiGLU
 from everlong.models.lm import LanguageModel
 from everlong.ops import dispatch, native
 from everlong.ops.attention import attention_step
@@ -61,9 +63,8 @@ def test_the_table_knows_who_has_no_kernel():
     }
     assert {name for name, (trains, _) in told.items() if trains == "in part"} == {"mlstm"}
     readme = " ".join((ROOT / "README.md").read_text().split())
-    said = re.search(r"for each token; ([\w, ]+) have no native form in it and run in Python", readme)[1]
-    in_python = {name for name, (_, decodes) in told.items() if decodes == "no"}
-    assert {name.lower() for name in re.split(r", | and ", said)} == in_python, "say so in the README, under Speed"
+    assert "Every architecture decodes so, attention and hybrids included" in readme
+    assert {decodes for _, decodes in told.values()} == {"yes"}, "say so in the README, under Speed"
 
 
 def test_operations_of_attention_are_those_that_pytorch_counts():
@@ -130,15 +131,9 @@ def test_one_time_of_make_run_everywhere():
 
 
 @needs_kernels
-def test_the_readme_says_how_much_of_its_models_decodes_in_python():
-    said = re.search(r"Decoding of the (.+?) has (.+?) blocks in Python", (ROOT / "README.md").read_text())
-    found = {}
+def test_the_models_of_make_run_decode_without_python():
     for name in DEFAULT:
-        python, blocks = cost.engine(Decoder(sized(name, Settings().params).build().float()))
-        if python:
-            found[architecture(name).title.split(" (")[0]] = f"{python} of {blocks}"
-    titles, counts = (re.split(r", | and ", part) for part in said.groups())
-    assert dict(zip(titles, counts, strict=True)) == found
+        assert cost.engine(Decoder(sized(name, Settings().params).build().float()))[0] == 0
 
 
 def test_help_names_the_sizes_of_both_profiles():
@@ -162,16 +157,57 @@ def test_ops_over_time_have_the_signature_of_the_contract(name):
         assert options[option].kind is inspect.Parameter.KEYWORD_ONLY and options[option].default is None
 
 
-def test_what_the_contract_says_of_the_environment_variable(monkeypatch):
-    """``torch`` holds everywhere; ``reference`` trains and reads, but attention's own step refuses it."""
-    model = LanguageModel.Config(
-        vocab_size=9, d_model=32, layers=(Layer.Config(mixer=find("attention").Config()),)
-    ).build()
-    for backend in ("torch", "reference"):
-        monkeypatch.setenv("EVERLONG_BACKEND", backend)
-        for name in mixer_names():
-            find(name).Config().build(64)(torch.randn(1, 5, 64))[0].sum().backward()
-    with pytest.raises(ValueError, match="no backend 'reference' for this op"):
-        list(generate(model, [1, 2], max_tokens=2))
-    monkeypatch.setenv("EVERLONG_BACKEND", "torch")
-    assert len(list(generate(model, [1, 2], max_tokens=2))) == 2
+def test_operations_that_stand_alone_have_a_table_with_their_name():
+    for name in (path.stem for path in Path(everlong.ops.__path__[0]).glob("*.py")):
+        module = importlib.import_module(f"everlong.ops.{name}")
+        if hasattr(module, "TABLE"):
+            verb = getattr(module, module.TABLE.name)
+            assert verb.table is module.TABLE and verb.explain.args == (verb,)
+            assert verb.reference is not None and verb.reference.__name__.endswith("_reference")
+            assert verb.step is getattr(module, f"{name}_step", None) or name == "attention_decode"
+
+
+def uses(model, tokens):
+    """Logits, slopes and a text of a model."""
+    loss = model.loss(tokens[:, :-1], tokens[:, 1:])
+    slopes = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    text = list(generate(model, tokens[0, :5].tolist(), max_tokens=4, sampling=Sampling(temperature=0)))
+    return [model(tokens)[0].detach(), *(s for s in slopes if s is not None)], text
+
+
+@pytest.mark.parametrize("name", mixer_names())
+@pytest.mark.parametrize("backend", ["native", "torch", "reference"])
+def test_what_the_contract_says_of_named_backends(name, backend, monkeypatch):
+    """In reading, training and generation a named backend holds, or the op without such a row is named."""
+    layers = (Layer.Config(mixer=find(name).Config(), mlp=SwiGLU.Config()),) * 2
+    torch.manual_seed(0)
+    model = LanguageModel.Config(vocab_size=9, d_model=64, layers=layers).build().float()
+    tokens = torch.randint(0, 9, (2, 40))
+    want, text = uses(model, tokens)
+    monkeypatch.setenv("EVERLONG_BACKEND", backend)
+    try:
+        got, same = uses(model, tokens)
+    except ValueError as error:
+        assert backend == "native", error
+        assert re.search(r"(\w+ has no backend 'native')|(backend 'native' of \w+ cannot run here)", str(error))
+        assert table.trains(find(name)) != "yes" or native.MISSING, error
+        return
+    for mine, theirs in zip(got, want, strict=True):
+        numerics.assert_close(mine, theirs, name)
+    assert same == text
+    with dispatch.backend("torch"):
+        assert dispatch.named() == "torch" and dispatch.choose(module_of("norm").TABLE, {}, None).name == "torch"
+    assert dispatch.named() == backend
+
+
+def module_of(name):
+    return importlib.import_module(f"everlong.ops.{name}")
+
+
+def test_a_named_backend_is_this_threads_own():
+    found = []
+    with dispatch.backend("reference"):
+        thread = threading.Thread(target=lambda: found.append(dispatch.named()))
+        thread.start()
+        thread.join()
+    assert found == [None] and dispatch.named() is None

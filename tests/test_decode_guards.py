@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from everlong import numerics
 from everlong import state as states
+from everlong.generation.decoder import Decoder
 from everlong.mixers import base
 from everlong.models.blocks import Layer
-from everlong.models.decode import Decoder
 from everlong.models.lm import LanguageModel
 from everlong.ops import native
 from everlong.ops.linear import Linear
@@ -261,7 +261,13 @@ CASES = {
     "views of one": (lambda m, x, y, s: (y, Pair(a=s.a + y, b=s.b * 0.5 + x)), None),
     "expanded": (lambda m, x, y, s: (y, Pair(a=s.a + y, b=s.b * 0.5 + x)), None),
     "strided": (lambda m, x, y, s: (y, Pair(a=s.a + y, b=s.b * 0.5 + x)), None),
-    "integers": (lambda m, x, y, s: (y, Pair(a=y, b=s.b + 1)), "int64"),
+    "integers": (lambda m, x, y, s: (y, Pair(a=y, b=s.b + 1)), None),
+    "integers down": (lambda m, x, y, s: (y * s.b.float().sin(), Pair(a=y, b=s.b - 3)), None),
+    "integers kept": (lambda m, x, y, s: (y, Pair(a=y, b=s.b.clone())), None),
+    "integers doubled": (lambda m, x, y, s: (y, Pair(a=y, b=s.b * 2 + 1)), "int64"),
+    "integers compared": (lambda m, x, y, s: (torch.where(s.b > 2, y, x), Pair(a=y, b=s.b + 1)), "int64"),
+    "integers by a half": (lambda m, x, y, s: (y * (s.b * 0.5), Pair(a=y, b=s.b + 1)), "int64"),
+    "integers of the token": (lambda m, x, y, s: (y, Pair(a=y, b=y.long())), "int64"),
     "truths": (lambda m, x, y, s: (torch.where(s.b, y, x), Pair(a=y, b=y > 0)), None),
     "doubles": (lambda m, x, y, s: (y, Pair(a=y, b=s.b + y)), "float64"),
     "halves": (lambda m, x, y, s: (y, Pair(a=y, b=(s.b + y).half())), "float16"),
@@ -284,7 +290,13 @@ INIT = {
     "views of one": lambda n: Pair(**dict(zip("ab", torch.zeros(2, n, D).unbind(0), strict=True))),
     "expanded": lambda n: Pair(a=torch.ones(n, 1).expand(n, D), b=torch.zeros(n, D)),
     "strided": lambda n: Pair(a=torch.zeros(D, n).t(), b=torch.zeros(n, 2 * D)[:, ::2]),
-    "integers": lambda n: Pair(a=torch.zeros(n, D), b=torch.zeros(n, D, dtype=torch.long)),
+    **dict.fromkeys(
+        [
+            "integers",
+            *(f"integers {how}" for how in ("down", "kept", "doubled", "compared", "by a half", "of the token")),
+        ],
+        lambda n: Pair(a=torch.zeros(n, D), b=torch.full((n, D), 4, dtype=torch.long)),
+    ),
     "truths": lambda n: Pair(a=torch.zeros(n, D), b=torch.zeros(n, D, dtype=torch.bool)),
     "doubles": lambda n: Pair(a=torch.zeros(n, D), b=torch.zeros(n, D, dtype=torch.float64)),
     "halves": lambda n: Pair(a=torch.zeros(n, D), b=torch.zeros(n, D, dtype=torch.float16)),
@@ -307,9 +319,9 @@ def both(model, batch, steps=5, decoder=None):
         want, kept = model.step(tokens, kept)
         torch.set_rng_state(rng)  # for a step that draws
         numerics.assert_close(decoder.step(tokens).to(want.dtype), want, f"step {t}")
-    for (name, got, pad), (_, want, _) in zip(states.leaves(decoder.state()), states.leaves(kept), strict=True):
-        assert got.dtype == want.dtype
-        numerics.assert_close(got[:, : want.shape[1]] if pad else got, want, name)
+    for (name, got, _), (_, want, _) in zip(states.leaves(decoder.state()), states.leaves(kept), strict=True):
+        assert got.dtype == want.dtype and got.shape == want.shape
+        numerics.assert_close(got, want, name)
     return decoder
 
 

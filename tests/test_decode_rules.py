@@ -1,20 +1,23 @@
 """The rules of the decoder: each honours the options it names, and refuses the others."""
 
+import importlib
 import inspect
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+import everlong.ops
 from everlong import numerics
-from everlong.models import guards
-from everlong.models.guards import Unsupported
-from everlong.models.instructions import RULES
-from everlong.models.lowering import Lowering
 from everlong.ops import native
-from everlong.ops.native.program import Buffer, Program
-from everlong.ops.record import Call, Recorder
+from everlong.ops.native import guards
+from everlong.ops.native.aten import RULES
+from everlong.ops.native.guards import Unsupported
+from everlong.ops.native.lowering import Lowering
+from everlong.ops.native.program import Buffer, Instance, Program
+from everlong.ops.record import Call, Recorder, lowering
 
 pytestmark = pytest.mark.skipif(native.MISSING is not None, reason=f"no kernels: {native.MISSING}")
 
@@ -35,23 +38,24 @@ def replayed(function, *recorded):
     final = to.ref(out)
     program.touch(final.buffer)
     program.finish()
-    view = program.view(final, out.shape)
+    instance = Instance(program)
+    view = instance.view(final, out.shape)
 
     def run(*others):
         for memory, x in zip(held, others, strict=True):
             memory.copy_(x)
-        program.run(0, len(program.instructions), torch.zeros(1, dtype=torch.long))
+        instance.run(0, len(program.instructions), torch.zeros(1, dtype=torch.long))
         return view.clone()
 
     return run
 
 
 def test_every_parameter_of_a_rule_is_an_argument_of_its_operation():
-    for name, rule in RULES.aten.items():
+    for name, rule in RULES.items():
         packet = getattr(torch.ops.aten, name)
         schemas = [getattr(packet, overload)._schema for overload in packet.overloads()]
         known = {argument.name for schema in schemas for argument in schema.arguments}
-        shared = {other for other, same in RULES.aten.items() if same is rule}
+        shared = {other for other, same in RULES.items() if same is rule}
         for other in shared:  # a rule of several operations names what any of them has
             packet = getattr(torch.ops.aten, other)
             known |= {a.name for o in packet.overloads() for a in getattr(packet, o)._schema.arguments}
@@ -72,9 +76,9 @@ def other_than(argument):
     return [5] if "List" in kind else 5.5 if default != 5.5 else 6.5
 
 
-@pytest.mark.parametrize("name", RULES.aten)
+@pytest.mark.parametrize("name", RULES)
 def test_every_argument_of_an_operation_is_honoured_or_refused(name):
-    rule, packet = RULES.aten[name], getattr(torch.ops.aten, name)
+    rule, packet = RULES[name], getattr(torch.ops.aten, name)
     for overload in packet.overloads():
         op = getattr(packet, overload)
         for argument in op._schema.arguments:
@@ -91,8 +95,13 @@ def test_every_argument_of_an_operation_is_honoured_or_refused(name):
 
 
 def test_every_argument_of_a_leaf_is_named_by_its_rule():
-    for leaf, rule in RULES.leaves.items():
-        assert {*inspect.signature(rule).parameters} - {"to", "out"} == {*inspect.signature(leaf).parameters}
+    names = [path.stem for path in Path(everlong.ops.__file__).parent.rglob("*.py") if path.stem != "__init__"]
+    homes = [f"everlong.ops.{name}" for name in names] + [f"everlong.ops.native.{name}" for name in names]
+    modules = [importlib.import_module(home) for home in homes if importlib.util.find_spec(home)]
+    leaves = {f for module in modules for f in vars(module).values() if lowering(f) and f.__module__ == module.__name__}
+    assert len(leaves) > 9
+    for leaf in leaves:
+        assert {*inspect.signature(leaf.lower).parameters} - {"to", "out"} == {*inspect.signature(leaf).parameters}
 
 
 C = torch.linspace(-1, 1, 16)

@@ -11,8 +11,8 @@ import torch
 import everlong
 from everlong import state as states
 from everlong.config import find
+from everlong.generation.session import new_session
 from everlong.models.blocks import Layer, SwiGLU
-from everlong.models.generate import new_session
 from everlong.models.lm import LanguageModel
 from everlong.ops.linear_attention import linear_attention
 from everlong.ops.short_conv import short_conv
@@ -246,7 +246,7 @@ def test_bad_sampling():
 
 def test_backend_by_name():
     q = torch.randn(1, 5, 2, 8, dtype=torch.float32)
-    with pytest.raises(ValueError, match="no backend 'torhc' for this op; did you mean 'torch'"):
+    with pytest.raises(ValueError, match="linear_attention has no backend 'torhc'; did you mean 'torch'"):
         linear_attention(q, q, q, backend="torhc")
 
 

@@ -10,8 +10,10 @@ import everlong
 from everlong import numerics
 from everlong import state as states
 from everlong.config import find, mixer_names
+from everlong.generation.sampler import Sampling, filtered, penalised
+from everlong.generation.session import new_session
+from everlong.generation.text import stream_text
 from everlong.models.blocks import Layer
-from everlong.models.generate import Sampling, filtered, new_session, penalised, stream_text
 from everlong.models.lm import LanguageModel
 from everlong.tokenizer import ByteTokenizer, FileTokenizer, open_tokenizer
 
@@ -68,13 +70,13 @@ def test_pieces_do_not_change_what_was_read():
 
 def test_filters():
     logits = torch.tensor([0.0, 1.0, 2.0, 3.0])
-    kept = lambda **options: torch.isfinite(filtered(logits, Sampling(**options))).tolist()  # noqa: E731
+    kept = lambda **options: torch.isfinite(filtered(logits[None], [Sampling(**options)])[0]).tolist()  # noqa: E731
     assert kept(top_k=2) == [False, False, True, True]
     assert kept(top_p=0.6) == [False, False, False, True]  # softmax gives 0.03, 0.09, 0.24, 0.64
     assert kept(top_p=0.7) == [False, False, True, True]
     assert kept(min_p=0.2) == [False, False, True, True]
     assert kept(top_p=0.0) == [False, False, False, True]
-    assert torch.equal(filtered(logits, Sampling(temperature=2.0)), logits / 2)
+    assert torch.equal(filtered(logits[None], [Sampling(temperature=2.0)])[0], logits / 2)
     seen = torch.tensor([True, False, False, True])
     assert penalised(torch.tensor([-1.0, -1.0, 2.0, 2.0]), seen, 2.0).tolist() == [-2.0, -1.0, 2.0, 1.0]
 
@@ -196,9 +198,11 @@ def test_a_chain_handed_to_another_model_is_read_with_its_weights():
     first, other = model_of("hyena"), model_of("hyena")
     token = torch.tensor([3])
     with torch.no_grad():
-        _, state = first.step_(token, first.init_state(1))
-        want, _ = other.step(token, states.map_leaves(torch.clone, state))
-        numerics.assert_close(other.step_(token, state)[0], want, "logits")
+        work = first.workspace(first.init_state(1))
+        first.step_(token, work)
+        state = work.state()
+        want, _ = other.step(token, state)
+        numerics.assert_close(other.step_(token, other.workspace(state)), want, "logits")
 
 
 def test_a_very_low_temperature_takes_the_most_likely_token():

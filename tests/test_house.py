@@ -23,6 +23,7 @@ LEVELS = [
     {"ops"},
     {"mixers"},
     {"models"},
+    {"generation"},
     {"laws_aliasing"},
     {"checkpoints", "laws", "laws_isolation", "laws_precision", "laws_transforms"},
     {"train", "tasks", "bench"},

@@ -48,10 +48,12 @@ def test_steps_equal_the_whole(name):
     tokens = torch.randint(0, 50, (2, 40))
     with torch.no_grad():
         want, final = model(tokens)
-        for step in (model.step, model.step_):
-            got, state = laws._steps(step, tokens, model.init_state(2))
-            laws.same(got, want, "logits of single steps")
-            assert torch.equal(state.position, final.position)
+        got, state = laws._steps(model.step, tokens, model.init_state(2))
+        work = model.workspace(model.init_state(2))
+        laws.same(got, want, "logits of single steps")
+        laws.same(torch.stack([model.step_(t, work) for t in tokens.unbind(1)], 1), want, "logits of steps in place")
+        laws.same(work.state(), state, "state of steps in place")
+        assert torch.equal(state.position, final.position) and torch.equal(work.state().position, final.position)
 
 
 def test_a_hybrid_whose_rwkv7_is_not_in_front():

@@ -123,7 +123,7 @@ def test_refusals_name_the_reason():
     inputs = dict(x=q, dt=q, B=q, C=q, A=-torch.rand(8, 8, dtype=torch.float64))
     lines = dispatch.explain(op_of("selective_scan"), **inputs)
     assert lines[0].backend == "native" and "float64" in lines[0].reason and not lines[0].runs
-    with pytest.raises(ValueError, match="backend 'native' cannot run here: x has dtype float64"):
+    with pytest.raises(ValueError, match="backend 'native' of selective_scan cannot run here: x has dtype float64"):
         op_of("selective_scan")(**inputs, backend="native")
 
 

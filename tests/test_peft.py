@@ -8,8 +8,8 @@ import torch
 import everlong
 from everlong import laws, numerics
 from everlong.config import find, mixer_names
+from everlong.generation.sampler import Sampling
 from everlong.models.blocks import Layer, SwiGLU
-from everlong.models.generate import Sampling
 from everlong.models.lm import LanguageModel
 
 pytestmark = pytest.mark.slow  # for the import of peft

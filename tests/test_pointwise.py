@@ -178,8 +178,8 @@ def test_few_numbers_take_the_torch_form_and_explain_says_so():
     x = torch.randn(2, 8, dtype=torch.float32)
     lines = dispatch.explain(gate, x=x, z=x, activation="silu")
     assert lines[0].backend == "native" and "16 numbers are few" in lines[0].reason and lines[1].runs
-    with pytest.raises(ValueError, match="cannot run here: 16 numbers are few"):
-        gate(x, x, backend="native")
+    if native.MISSING is None:  # a preference is no refusal
+        numerics.assert_close(gate(x, x, backend="native"), gate(x, x), "few numbers", numerics.BOUNDS["fp32 product"])
     large = torch.randn(200, 100, dtype=torch.float32)
     assert dispatch.explain(norm, x=large)[0].runs or native.MISSING
     lines = dispatch.explain(gate, x=large, z=large, activation="gelu")

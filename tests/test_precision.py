@@ -6,9 +6,9 @@ import torch
 import everlong
 from everlong import laws, numerics, state
 from everlong.config import find, mixer_names
+from everlong.generation.decoder import Decoder
 from everlong.mixers import base
 from everlong.models.blocks import Layer, SwiGLU
-from everlong.models.decode import Decoder
 from everlong.models.lm import LanguageModel
 from everlong.models.quantize import quantized
 

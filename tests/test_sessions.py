@@ -10,10 +10,11 @@ from everlong import numerics
 from everlong import state as states
 from everlong.checkpoints.stream import continue_text
 from everlong.config import find, mixer_names
+from everlong.generation.decoder import Decoder
+from everlong.generation.sampler import Sampling
+from everlong.generation.session import Session, new_session
 from everlong.mixers.attention import Attention
 from everlong.models.blocks import Layer, SwiGLU
-from everlong.models.decode import Decoder
-from everlong.models.generate import Sampling, Session, new_session
 from everlong.models.identity import fingerprint
 from everlong.models.lm import LanguageModel
 from everlong.models.quantize import quantized
@@ -123,7 +124,7 @@ def test_positions_lead_nowhere_else(tmp_path, kind, value):
     reader = model(ATTENTION.get(kind, kind))
     session = altered(read(reader), "state.layers.0.0.position", lambda leaf: leaf.fill_(value))
     everlong.save_session(session, tmp_path / "s", reader)
-    with pytest.raises(ValueError, match=r"layers.0.0.position counts from .* expected 0 to (27|\d{16});"):
+    with pytest.raises(ValueError, match=r"layers.0.0.position counts from .* expected 0 to (19|\d{16});"):
         everlong.load_session(tmp_path / "s", reader)
     with pytest.raises(ValueError, match="counts from"):
         everlong.generate(reader, b"a", session=session)
@@ -134,7 +135,7 @@ def test_positions_lead_nowhere_else(tmp_path, kind, value):
             torch.no_grad(),
             pytest.raises(ValueError, match=r"state.position runs from .* no call makes such a state"),
         ):
-            reader.step_(torch.tensor([1]), session.state)
+            reader.step_(torch.tensor([1]), reader.workspace(session.state))
 
 
 def test_the_models_own_position_is_bounded():
@@ -146,10 +147,10 @@ def test_the_models_own_position_is_bounded():
 def test_keys_and_values_are_of_one_length(tmp_path):
     reader = model(ATTENTION["full"])
     session = altered(read(reader), "state.layers.0.0.v", lambda leaf: leaf[:, :4])
-    with pytest.raises(ValueError, match=r"has histories of \[4, 27\] tokens, expected one length"):
+    with pytest.raises(ValueError, match=r"has histories of \[4, 19\] tokens, expected one length"):
         everlong.generate(reader, b"a", session=session)
-    with torch.no_grad(), pytest.raises(ValueError, match="27 keys and 4 values held"):
-        reader.step_(torch.tensor([1]), session.state)
+    with torch.no_grad(), pytest.raises(ValueError, match="19 keys and 4 values held"):
+        reader.step_(torch.tensor([1]), reader.workspace(session.state))
     hyena = model(find("hyena").Config(order=3))
     session = altered(read(hyena), "state.layers.0.0.histories.1.x", lambda leaf: leaf[:, :4])
     with pytest.raises(ValueError, match="expected one length"):

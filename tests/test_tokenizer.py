@@ -9,8 +9,8 @@ import torch
 import everlong
 from everlong.checkpoints.stream import continue_text
 from everlong.config import find
+from everlong.generation.text import stream_text
 from everlong.models.blocks import Layer
-from everlong.models.generate import stream_text
 from everlong.models.lm import LanguageModel
 from everlong.tokenizer import ByteTokenizer, FileTokenizer
 from everlong.train.data import Corpus

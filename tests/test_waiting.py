@@ -8,9 +8,9 @@ import threading
 import pytest
 import torch
 
+from everlong.generation.decoder import Decoder
 from everlong.mixers.mamba2 import Mamba2
 from everlong.models.blocks import Layer, SwiGLU
-from everlong.models.decode import Decoder
 from everlong.models.lm import LanguageModel
 from everlong.ops.native import MISSING, waiting
 

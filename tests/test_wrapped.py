@@ -9,10 +9,10 @@ from torch.nn.utils import parametrizations
 
 from everlong import laws
 from everlong.config import find, mixer_names
+from everlong.generation.decoder import Decoder
 from everlong.mixers import base
 from everlong.models.blocks import MLP, Layer, SwiGLU
 from everlong.models.channel_mix import ChannelMix
-from everlong.models.decode import Decoder
 from everlong.models.lm import LanguageModel
 
 KINDS = [*(find(name) for name in mixer_names()), SwiGLU, MLP, ChannelMix]
@@ -76,7 +76,7 @@ def everything(module, x):
     starts[1, 2] = starts[0, 5] = True
     y, state = module(x[:, :6], starts=starts[:, :6])
     more, state = module(x[:, 6:8], state)
-    outputs = [y, more, module.step(x[:, 8], state)[0], module.step_(x[:, 8], state)[0]]
+    outputs = [y, more, module.step(x[:, 8], state)[0], module.step_(x[:, 8], module.workspace(state))]
     if type(module).mixing is not base.Mixer.mixing:
         outputs.append(module.mixing(x).output)
     return outputs

@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoints.folder import load, load_tokenizer, save
     from .checkpoints.session import load_session, save_session
+    from .generation.generate import generate, generate_batch
+    from .generation.sampler import Sampling
+    from .generation.session import Session
+    from .generation.text import stream_text
     from .models.blocks import Layer, pattern
-    from .models.generate import Sampling, Session, generate, stream_text
     from .models.lm import LanguageModel
     from .models.presets import preset
     from .ops.dispatch import explain
@@ -28,10 +31,11 @@ _HOMES = {
     "Layer": "models.blocks",
     "pattern": "models.blocks",
     "LanguageModel": "models.lm",
-    "Sampling": "models.generate",
-    "Session": "models.generate",
-    "generate": "models.generate",
-    "stream_text": "models.generate",
+    "Sampling": "generation.sampler",
+    "Session": "generation.session",
+    "generate": "generation.generate",
+    "generate_batch": "generation.generate",
+    "stream_text": "generation.text",
     "preset": "models.presets",
     "explain": "ops.dispatch",
 }
@@ -43,6 +47,7 @@ __all__ = [
     "Session",
     "explain",
     "generate",
+    "generate_batch",
     "load",
     "load_session",
     "load_tokenizer",

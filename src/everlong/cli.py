@@ -114,7 +114,7 @@ def generate(
       everlong generate MODEL "Once upon" --session chat.safetensors   [dim](again: it goes on from there)[/]
     """
     from .checkpoints.stream import continue_text
-    from .models.generate import Sampling
+    from .generation.sampler import Sampling
     from .tokenizer import utf8
 
     _own_code()

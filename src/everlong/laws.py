@@ -20,13 +20,13 @@ from torch import Tensor
 from . import state as states
 from .config import Config
 from .files import atomic_save_tensors, read_tensors
+from .generation.decoder import Decoder
 from .laws_aliasing import aliasing
 from .laws_isolation import isolation
 from .laws_precision import autocast, bfloat16
 from .laws_transforms import transforms
 from .mixers import base
 from .models.blocks import Layer, SwiGLU
-from .models.decode import Decoder
 from .models.lm import LanguageModel
 from .numerics import assert_close
 
@@ -150,11 +150,10 @@ def step(subject: Subject) -> None:
         same(ours, final, f"final state after {length} steps")
         _same_gradients(module, x, (want, final), (got, ours), f"{length} steps")
         with torch.no_grad():
-            owned = states.map_leaves(torch.clone, prefix)
-            got, ours = _steps(module.step_, x, owned)
+            work = module.workspace(prefix)
+            got = torch.stack([module.step_(token, work) for token in x.unbind(1)], 1)
             same(got, want, f"output of {length} calls of step_")
-            y, _ = module.step(x[:, 0], ours)
-            same(y, module.step(x[:, 0], final)[0], f"the token after {length} calls of step_")
+            same(work.state(), final, f"state of the workspace after {length} calls of step_")
 
 
 def causality(subject: Subject) -> None:
@@ -349,13 +348,7 @@ def decodes(subject: Subject) -> None:
     for t in range(5, 12):
         want, state = model.step(tokens[:, t], state)
         same(decoder.step(tokens[:, t]), want, f"logits of step {t}")
-    same(_trimmed(decoder.state(), state), state, "the decoder's state")
-
-
-def _trimmed(tree: Any, like: Any) -> Any:
-    """``tree`` without the spare room at the end of its growing leaves."""
-    pairs = zip(states.leaves(tree), states.leaves(like), strict=True)
-    return states.rebuild(like, iter([x[:, : y.shape[1]] if pad else x for (_, x, pad), (_, y, _) in pairs]))
+    same(decoder.state(), state, "the decoder's state")
 
 
 LAWS: dict[str, Callable[[Subject], None]] = {

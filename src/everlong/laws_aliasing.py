@@ -23,12 +23,13 @@ def aliasing(subject: Any) -> None:
                 x = subject.input(2, length, dtype)
                 y, after = module(x, state, starts=given)
                 apart({"x": x, "y": y, "starts": given}, {"given state": state or (), "new state": after})
-        for call in ("step", "step_"):
-            for state in (module.init_state(2), module(subject.input(2, 7, dtype))[1]):
-                x = subject.input(2, 1, dtype)[:, 0].clone()
-                y, after = getattr(module, call)(x, state)
-                own = {} if call == "step_" else {"given state": state}
-                apart({"x": x, "y": y}, {**own, "new state": after})
+        for state in (module.init_state(2), module(subject.input(2, 7, dtype))[1]):
+            x = subject.input(2, 1, dtype)[:, 0].clone()
+            y, after = module.step(x, state)
+            apart({"x": x, "y": y}, {"given state": state, "new state": after})
+            work = module.workspace(state)
+            y = module.step_(x, work)
+            apart({"x": x, "y": y}, {"given state": state, "the workspace's state": work.state()})
         apart({}, {"one init_state": module.init_state(2), "another": module.init_state(2)})
 
 

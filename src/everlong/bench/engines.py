@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config import suggest
-from ..models.decode import Decoder
+from ..generation.decoder import Decoder
 from ..models.lm import LanguageModel
 from ..models.packed import PackedLinear
 from ..models.presets import PRESETS, preset

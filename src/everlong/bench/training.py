@@ -6,10 +6,8 @@ with its own loss and the same AdamW; bf16 means autocast for all.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +18,7 @@ from .. import arguments
 from ..models import families
 from ..models.lm import LanguageModel
 from ..numerics import BOUNDS, relative_errors
+from ..ops.dispatch import backend
 from ..train.loop import Trainer
 from ..train.optim import make_optimizer
 from . import clock
@@ -167,23 +166,9 @@ def check(cfg: LanguageModel.Config, shape: Shape, dtype: str) -> tuple[float, s
         loss.backward()
         return torch.cat([loss.detach()[None], *(p.grad.flatten() for p in model.parameters() if p.grad is not None)])
 
-    with reference_loops():
+    with backend("reference"):
         want = slopes(copy.deepcopy(model), "fp32")
     got = slopes(model, dtype)
     error = max(relative_errors(got[:1], want[:1])[0], relative_errors(got[1:], want[1:])[0])
     limit = LIMITS[dtype]
     return error, None if error <= limit else f"loss and gradients: relative error {error:.1e}, allowed {limit:.0e}"
-
-
-@contextlib.contextmanager
-def reference_loops() -> Iterator[None]:
-    """All ops run as the loops that define them."""
-    before = os.environ.get("EVERLONG_BACKEND")
-    os.environ["EVERLONG_BACKEND"] = "reference"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["EVERLONG_BACKEND"]
-        else:
-            os.environ["EVERLONG_BACKEND"] = before

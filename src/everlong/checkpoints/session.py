@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .. import state as states
-from ..models.generate import Session, new_session
+from ..generation.session import Session, new_session
 from ..models.identity import fingerprint
 from ..models.lm import LanguageModel
 

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..arguments import texts
-from ..models.generate import Generation, Sampling, generate, stream_text
+from ..generation.generate import Generation, generate
+from ..generation.sampler import Sampling
+from ..generation.text import stream_text
 from ..tokenizer import Tokenizer
 from .folder import load, load_tokenizer
 from .session import load_session, save_session

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import state as states
 from ..bench.clock import quantile
-from ..models.decode import Decoder
+from ..generation.decoder import Decoder
 from ..models.lm import LanguageModel
 
 STATE_LENGTHS = tuple(2**power for power in range(10, 21))  # 1K to 1M tokens
@@ -64,7 +64,8 @@ class Speed(NamedTuple):
 def engine(decoder: Decoder) -> tuple[int, int]:
     """How many blocks of a model a decoder runs in Python, and how many blocks there are."""
     blocks = sum(1 if layer.mlp is None else 2 for layer in decoder.model.cfg.layers)
-    return (blocks if decoder.reason is not None else len(decoder.explain())), blocks
+    names = [name for name, _ in decoder.explain()]
+    return (blocks if "model" in names else len(names)), blocks
 
 
 def speed(model: LanguageModel, tokens: Tensor, lengths: tuple[int, ...], *, seconds: float, steps: int) -> Speed:

@@ -18,8 +18,9 @@ from rich.console import Console
 from ..arguments import folder, texts
 from ..checkpoints import folder as folders
 from ..files import atomic_write, read_sealed, sealed
+from ..generation.generate import generate
+from ..generation.sampler import Sampling
 from ..machine import machine
-from ..models.generate import Sampling, generate
 from ..models.lm import LanguageModel
 from ..report.html import write_report
 from ..report.terminal import STATE_AT, Board, summary

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .. import shapes
 from .. import state as states
@@ -136,11 +137,16 @@ class Attention(base.Mixer):
         y, after = attention_step(*self._project(x, self._turn(x, begun.position)), state=begun)
         return self.out_proj(y.flatten(-2)), after
 
-    def step_(self, x: Tensor, state: Cache) -> tuple[Tensor, Cache]:
+    def workspace(self, state: Cache) -> Room:
+        """The cache with spare slots, which are added only when it is full."""
+        return Room(self.begin(state.k.new_zeros(len(state.k), self.d_model), state))
+
+    def step_(self, x: Tensor, work: Room) -> Tensor:
         """``step`` in place: nothing of the past is copied but when the cache runs full."""
-        begun = self.begin(x, state)
-        y, after = attention_step_(*self._project(x, self._turn(x, begun.position)), state=begun)
-        return self.out_proj(y.flatten(-2)), after
+        begun = self.begin(x, work.held)
+        y, work.held = attention_step_(*self._project(x, self._turn(x, begun.position)), state=begun)
+        work.length += 1
+        return self.out_proj(y.flatten(-2))
 
     def mixing(self, x: Tensor) -> base.Mixing:
         """See ``base.Mixer.mixing``; the probabilities, one matrix per query head."""
@@ -160,3 +166,19 @@ class Attention(base.Mixer):
             "window": cls.Config(n_kv_heads=1, window=9, rope_fraction=0.5, out_bias=True),
             "nope": cls.Config(n_kv_heads=2, rope_theta=None),
         }
+
+
+class Room(base.Workspace):
+    """A cache with more slots than tokens; the state is trimmed to one slot for each token read."""
+
+    held: Cache
+
+    def __init__(self, state: Cache) -> None:
+        super().__init__(states.map_leaves(torch.clone, state))
+        self.length = state.k.shape[1]  # of a cache that grows
+
+    def state(self) -> Cache:
+        """A copy of the cache, as ``step`` would return it."""
+        held, slots = self.held, self.held.k.shape[1] if isinstance(self.held, Ring) else self.length
+        keys, values = (F.pad(x[:, :slots], [0, 0, 0, 0, 0, max(slots - x.shape[1], 0)]) for x in (held.k, held.v))
+        return type(held)(keys.clone(), values.clone(), held.position.clone())

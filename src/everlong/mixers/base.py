@@ -31,6 +31,7 @@ __all__ = [
     "Mixer",
     "Mixing",
     "RMSNorm",
+    "Workspace",
     "block_diagonal",
     "convolve",
     "convolve_step",
@@ -89,6 +90,20 @@ class Mixing(NamedTuple):
     output: Tensor  # [B T H V], computed by the op that forward uses
 
 
+class Workspace:
+    """A state that one owner goes on from in place, token by token (``Mixer.step_``).
+
+    Mixers that can save copies have their own kind, with buffers that ``state`` trims.
+    """
+
+    def __init__(self, state: Any) -> None:
+        self.held = state
+
+    def state(self) -> Any:
+        """A copy of the state, as ``step`` would return it."""
+        return states.map_leaves(torch.clone, self.held)
+
+
 class Mixer(nn.Module):
     """Base of all mixing layers. Subclasses define ``Config``, ``State``, ``init_state``, ``forward``, ``step``."""
 
@@ -142,9 +157,14 @@ class Mixer(nn.Module):
         """One token: x [B D] -> y [B D] and the state after it. ``state`` is not changed."""
         raise NotImplementedError(f"{type(self).__name__} defines no step")
 
-    def step_(self, x: Tensor, state: Any, **side: Any) -> tuple[Tensor, Any]:
-        """``step`` for a caller that owns ``state`` alone and gives it up: buffers may be written in place."""
-        return self.step(x, state, **side)
+    def workspace(self, state: Any) -> Workspace:
+        """A workspace that begins with ``state``, which is not changed."""
+        return Workspace(state)
+
+    def step_(self, x: Tensor, work: Any, **side: Any) -> Tensor:
+        """``step`` for the owner of a ``workspace``, whose buffers are written in place: x [B D] -> y [B D]."""
+        y, work.held = self.step(x, work.held, **side)
+        return y
 
     def begin(self, x: Tensor, state: Any, *starts: Tensor | None) -> Any:
         """Check the arguments of a call and return the state to begin with.

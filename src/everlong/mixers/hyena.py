@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 from .. import shapes
 from ..arguments import COUNT
 from ..ops.linear import Linear
-from ..ops.long_conv import History, long_conv, long_conv_step, newest
+from ..ops.long_conv import History, history_step, long_conv, newest
 from ..state import state
 from . import base
 
@@ -148,8 +149,11 @@ class Hyena(base.Mixer):
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """x [B D] -> y [B D], state."""
         state = self.begin(x, state)
-        kernels = self._kernels(state.histories[0].x.shape[1] + 1)
-        return self._step(x, state, lambda i, u, old: long_conv_step(u, kernel=kernels[i], state=old))
+        return self._step(x, state, lambda i, u, old: history_step(u, partial(self._kernel, i), old))
+
+    def _kernel(self, index: int, lags: int) -> Tensor:
+        """The filter ``index`` in the order of use, [D lags]."""
+        return self._kernels(lags)[index]
 
     def _step(self, x: Tensor, state: State, convolve: Convolve) -> tuple[Tensor, State]:
         z, conv = base.convolve_step(self.conv, self.in_proj(x), state=state.conv, activation=None)
@@ -162,26 +166,18 @@ class Hyena(base.Mixer):
             histories.append(history)
         return self.out_proj(gates[0] * v), self.State(conv=conv, histories=tuple(histories))
 
-    def step_(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """``step`` with a ``Desk`` (its buffers) attached to the state: they are copied and filtered anew only to grow.
+    def workspace(self, state: State) -> Desk:
+        """The histories with spare room, and the filters at all their lags; made anew only to grow.
 
-        The desk is lost, and made again, when the state is gathered, stacked or saved. Don't change the weights between
-        two calls of one chain.
+        Don't change the weights while it is in use.
         """
-        state = self.begin(x, state)
-        length = state.histories[0].x.shape[1]
-        desk = getattr(state, "desk", None)
-        if desk is None or desk.owner is not self.filter or desk.room <= length:
-            desk = self._desk(state, max((length + 1) * 3 // 2, 64))
-        y, after = self._step(x, state, lambda i, u, old: desk.convolve(i, u, length))
-        object.__setattr__(after, "desk", desk)  # beside the leaves of the frozen state: not a part of its value
-        return y, after
+        return Desk(self, state)
 
-    def _desk(self, state: State, room: int) -> Desk:
-        """A desk for ``room`` tokens with the histories of ``state`` on it."""
-        pasts = tuple(F.pad(old.x, [0, 0, 0, room - old.x.shape[1]]) for old in state.histories)
-        weights = tuple(kernel.flip(1).t().contiguous() for kernel in self._kernels(room))
-        return Desk(pasts, weights, room, self.filter)
+    def step_(self, x: Tensor, work: Desk) -> Tensor:
+        """``step`` in place: nothing of the past is copied, and no filter evaluated, but when the room is full."""
+        self.begin(x, work.held)
+        y, work.held = self._step(x, work.held, work.convolve(work.held.histories[0].x.shape[1]))
+        return y
 
     def mixing(self, x: Tensor) -> base.Mixing:
         """See ``base.Mixer.mixing``; one matrix per channel, between v and the last gated output."""
@@ -210,20 +206,30 @@ class Hyena(base.Mixer):
         }
 
 
-class Desk(NamedTuple):
-    """Working memory of one chain of ``step_``: histories with spare room, and the filters at all their lags."""
+class Desk(base.Workspace):
+    """Histories with spare room, and the filters at all their lags; ``held`` are views of what is filled."""
 
-    pasts: tuple[Tensor, ...]  # [B room D]
-    weights: tuple[Tensor, ...]  # [room D], lag 0 last
-    room: int
-    owner: Filter  # whose values the weights are
+    def __init__(self, hyena: Hyena, state: Hyena.State) -> None:
+        super().__init__(state)
+        self.hyena, self.room = hyena, 0
 
-    def convolve(self, index: int, u: Tensor, length: int) -> tuple[Tensor, History]:
-        """Write u [B D] after ``length`` tokens of a history; the filtered output, and the history with it."""
-        past = self.pasts[index]
-        past[:, length] = u.to(past.dtype)
-        past = past[:, : length + 1]
-        return newest(past, self.weights[index][self.room - length - 1 :]).to(u.dtype), History(past)
+    def convolve(self, length: int) -> Convolve:
+        """The long convolutions of the token behind ``length`` others."""
+        if self.room <= length:
+            self._grow(max((length + 1) * 3 // 2, 64))
+
+        def newest_of(index: int, u: Tensor, old: History) -> tuple[Tensor, History]:
+            past = self.pasts[index]
+            past[:, length] = u.to(past.dtype)
+            past = past[:, : length + 1]
+            return newest(past, self.weights[index][self.room - length - 1 :]).to(u.dtype), History(past)
+
+        return newest_of
+
+    def _grow(self, room: int) -> None:
+        self.room, histories = room, self.held.histories
+        self.pasts = [F.pad(old.x, [0, 0, 0, room - old.x.shape[1]]) for old in histories]  # [B room D]
+        self.weights = [kernel.flip(1).t().contiguous() for kernel in self.hyena._kernels(room)]  # [room D], lag 0 last
 
 
 def _refuse(cfg: Hyena.Config) -> None:

@@ -19,6 +19,7 @@ from ..ops.common import token_positions
 from ..ops.gated_norm import gated_norm
 from ..ops.linear import Linear
 from ..ops.linear_attention import linear_attention, linear_attention_step
+from ..ops.rotary import cos_sin
 from ..state import counted, state
 from . import base
 
@@ -70,10 +71,8 @@ class Retention(base.Mixer):
         """Rotated q and k, v and log decays. x [... D], position [...] -> [... H K], [... H V] and [... H]."""
         heads = (self.cfg.n_heads, -1)
         q, k, v = (proj(x).unflatten(-1, heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        # angles in fp64: at a million tokens an fp32 angle is off by a sixteenth of a radian
         theta = 10000.0 ** -torch.linspace(0, 1, self.head_k // 2, dtype=torch.float64, device=x.device)
-        angle = (position[..., None] * theta)[..., None, :]
-        cos, sin = angle.cos().to(q.dtype), angle.sin().to(q.dtype)
+        cos, sin = (part[..., None, :] for part in cos_sin(position, theta, q.dtype))
         return _rotate(q, cos, sin), _rotate(k * self.head_k**-0.5, cos, sin), v, self._log_decay(x)
 
     def _log_decay(self, x: Tensor) -> Tensor:

@@ -187,17 +187,24 @@ class Layer(nn.Module):
             after.append(kept)
         return x, tuple(after)
 
-    def step(
-        self, x: Tensor, state: tuple[Any, ...], *, side: dict[str, Tensor], owned: bool = False
-    ) -> tuple[Tensor, tuple[Any, ...]]:
-        """x [B D] -> y [B D], state. ``owned``: the caller gives the state up, so it may be written in place."""
+    def step(self, x: Tensor, state: tuple[Any, ...], *, side: dict[str, Tensor]) -> tuple[Tensor, tuple[Any, ...]]:
+        """x [B D] -> y [B D], state."""
         after = []
         for (prenorm, block), before in zip(self._blocks(), state, strict=True):
-            extra = {"side": side} if block.side else {}
-            y, kept = (block.step_ if owned else block.step)(prenorm(x), before, **extra)
+            y, kept = block.step(prenorm(x), before, **({"side": side} if block.side else {}))
             x = x + y
             after.append(kept)
         return x, tuple(after)
+
+    def workspace(self, state: tuple[Any, ...]) -> list[base.Workspace]:
+        """The workspaces of the blocks, which begin with ``state``."""
+        return [block.workspace(before) for (_, block), before in zip(self._blocks(), state, strict=True)]
+
+    def step_(self, x: Tensor, work: list[base.Workspace], *, side: dict[str, Tensor]) -> Tensor:
+        """``step`` for the owner of a workspace, in place: x [B D] -> y [B D]."""
+        for (prenorm, block), own in zip(self._blocks(), work, strict=True):
+            x = x + block.step_(prenorm(x), own, **({"side": side} if block.side else {}))
+        return x
 
 
 Layer.Config.owner = Layer

@@ -197,22 +197,30 @@ class LanguageModel(nn.Module):
 
     def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """One token per row: tokens [B] -> logits [B vocab], state. ``state`` is not changed."""
-        return self._step(tokens, state, owned=False)
-
-    def step_(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
-        """``step`` for a caller that owns ``state`` alone and gives it up: buffers may be written in place."""
-        return self._step(tokens, state, owned=True)
-
-    def _step(self, tokens: Tensor, state: State, *, owned: bool) -> tuple[Tensor, State]:
         shapes.dims("tokens B", tokens)
         _check_ids(tokens)
         if not isinstance(state, self.State):
             raise ValueError(f"state is {type(state).__name__}, expected that of init_state(batch) or another call")
         x, side, after = self.embed(tokens), {}, []  # type: ignore[var-annotated]
         for layer, kept in zip(self.layers, state.layers, strict=True):
-            x, kept = layer.step(x, kept, side=side, owned=owned)
+            x, kept = layer.step(x, kept, side=side)
             after.append(kept)
         return self.logits(self.norm(x)), self.State(layers=tuple(after), position=state.position + 1)
+
+    def workspace(self, state: State) -> Workspace:
+        """A workspace that begins with ``state``, which is not changed."""
+        states.check_like(state, self.init_state(0), len(state.position))
+        return Workspace(self, state)
+
+    def step_(self, tokens: Tensor, work: Workspace) -> Tensor:
+        """``step`` for the owner of a ``workspace``, written in place: tokens [B] -> logits [B vocab]."""
+        shapes.dims("tokens B", tokens)
+        _check_ids(tokens)
+        x, side = self.embed(tokens), {}  # type: ignore[var-annotated]
+        for layer, own in zip(self.layers, work.layers, strict=True):
+            x = layer.step_(x, own, side=side)
+        work.position = work.position + 1
+        return self.logits(self.norm(x))
 
     def loss(self, tokens: Tensor, targets: Tensor, *, starts: Tensor | None = None, reduction: str = "mean") -> Tensor:
         """Cross-entropy in nats of ``targets [B T]`` (-100 = not counted), reduced by "mean", "sum" or "none".
@@ -251,6 +259,19 @@ class LanguageModel(nn.Module):
         if hidden is None or state is None:
             raise ValueError("tokens are empty (T = 0); give at least one token")
         return self.logits(hidden[:, -1]), state
+
+
+class Workspace:
+    """The state of a model that one owner goes on from in place, token by token (``LanguageModel.step_``)."""
+
+    def __init__(self, model: LanguageModel, state: LanguageModel.State) -> None:
+        self.layers = [layer.workspace(kept) for layer, kept in zip(model.layers, state.layers, strict=True)]
+        self.position, self._kind = state.position, type(state)
+
+    def state(self) -> LanguageModel.State:
+        """A copy of the state, as ``step`` would return it."""
+        layers = tuple(tuple(block.state() for block in layer) for layer in self.layers)
+        return self._kind(layers=layers, position=self.position.clone())
 
 
 def shapes_of(module: nn.Module) -> dict[str, torch.Size]:

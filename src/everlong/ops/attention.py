@@ -24,6 +24,8 @@ from ..state import counted, growing, state
 from . import dispatch
 from .cases import Case
 from .common import token_positions
+from .native.attention import lower_step
+from .record import leaf
 from .transforms import transforming
 
 SEQUENCE = ("q", "k", "v")
@@ -66,6 +68,7 @@ def slot_positions(position: Tensor, slots: int) -> Tensor:
     return newest - (newest - torch.arange(slots, device=position.device)) % max(slots, 1)
 
 
+@leaf(lower_step)
 def attention_step(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, state: Cache
 ) -> tuple[Tensor, Cache]:
@@ -272,12 +275,14 @@ def _take(x: Tensor, index: Tensor, valid: Tensor) -> Tensor:
     return torch.where(valid[..., None, None], picked, 0.0)
 
 
-TABLE = (
+TABLE = dispatch.Table(
+    "attention",
     dispatch.Impl("torch", attention_chunk),
     dispatch.Impl("reference", attention_reference),
 )
 
 
+@dispatch.op(TABLE, step=attention_step)
 def attention(
     q: Tensor,
     k: Tensor,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import dispatch
-from .attention import Cache, Ring, sdpa
+from .attention import Cache, Ring, attention_step, sdpa
 from .native import attention as native
 
 
@@ -40,6 +40,12 @@ def step_torch(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, state: C
     return y[:, 0].to(v.dtype), type(state)(keys, values, position)
 
 
+def step_reference(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, state: Cache) -> tuple[Tensor, Cache]:
+    """The definition, which copies."""
+    _bounds(state)
+    return attention_step(q, k, v, scale=scale, state=state)
+
+
 def _bounds(state: Cache) -> tuple[int, int]:
     """The least and the largest position. ``ValueError`` where one points outside of the slots."""
     fewest, most = (int(bound) for bound in state.position.aminmax())
@@ -57,12 +63,15 @@ def with_room(x: Tensor, slots: int) -> Tensor:
     return x if x.shape[1] >= slots else F.pad(x, [0, 0, 0, 0, 0, max(slots * 3 // 2, 16) - x.shape[1]])
 
 
-TABLE = (
+TABLE = dispatch.Table(
+    "attention_step_",
     dispatch.Impl("native", step_native, native.refuse),
     dispatch.Impl("torch", step_torch),
+    dispatch.Impl("reference", step_reference),
 )
 
 
+@dispatch.op(TABLE)
 def attention_step_(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, state: Cache, backend: str | None = None
 ) -> tuple[Tensor, Cache]:

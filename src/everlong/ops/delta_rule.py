@@ -24,7 +24,7 @@ from .cases import Case
 from .common import chunk_size, heads_first, heads_last, loop, suffix_sum
 from .decay import decayed
 from .key_decay import Decayed, decay_pairs
-from .native.delta_rule import delta_rule_native, refuse
+from .native.delta_rule import delta_rule_native, lower_step, refuse
 from .record import leaf
 
 SEQUENCE = ("q", "k", "v", "a", "b", "g")
@@ -41,7 +41,7 @@ def gated(k: Tensor, beta: Tensor, g: Tensor) -> dict[str, Tensor]:
     return {"k": beta[..., None] * k, "a": -g.exp()[..., None].to(k.dtype) * k, "g": g}
 
 
-@leaf
+@leaf(lower_step)
 def delta_rule_step(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor | None = None, g: Tensor | None = None, *, state: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -160,13 +160,15 @@ def _sweep(move: Tensor, add: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(entered, dim=2), state
 
 
-TABLE = (
+TABLE = dispatch.Table(
+    "delta_rule",
     dispatch.Impl("native", delta_rule_native, refuse),
     dispatch.Impl("torch", delta_rule_chunk),
     dispatch.Impl("reference", delta_rule_reference),
 )
 
 
+@dispatch.op(TABLE, step=delta_rule_step)
 def delta_rule(
     q: Tensor,
     k: Tensor,

@@ -184,13 +184,15 @@ def _totals(b: Tensor, decay: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
     return total, reach
 
 
-TABLE = (
+TABLE = dispatch.Table(
+    "diagonal_scan",
     dispatch.Impl("native", diagonal_scan_native, refuse),
     dispatch.Impl("torch", diagonal_scan_chunk),
     dispatch.Impl("reference", diagonal_scan_reference),
 )
 
 
+@dispatch.op(TABLE, step=diagonal_scan_step)
 def diagonal_scan(
     b: Tensor, g: Tensor, *, state: Tensor | None = None, starts: Tensor | None = None, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:

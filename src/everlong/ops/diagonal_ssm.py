@@ -142,12 +142,14 @@ def _leaving(written: Tensor, enter: Tensor, powers: Tensor, time: int, keep: Te
     return (kept + added).transpose(0, 1).contiguous()
 
 
-TABLE = (
+TABLE = dispatch.Table(
+    "diagonal_ssm",
     dispatch.Impl("torch", diagonal_ssm_chunk),
     dispatch.Impl("reference", diagonal_ssm_reference),
 )
 
 
+@dispatch.op(TABLE, step=diagonal_ssm_step)
 def diagonal_ssm(
     x: Tensor,
     g: Tensor,

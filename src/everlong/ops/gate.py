@@ -53,13 +53,15 @@ def gate_torch(x: Tensor, z: Tensor, *, activation: str) -> Tensor:
     return x.to(z.dtype) * ACTIVATIONS[activation](z)
 
 
-TABLE = (
-    dispatch.Impl("native", gate_native, refuse_gate),
+TABLE = dispatch.Table(
+    "gate",
+    dispatch.Impl("native", gate_native, refuse_gate, dispatch.avoid_few),
     dispatch.Impl("torch", gate_torch),
     dispatch.Impl("reference", gate_reference),
 )
 
 
+@dispatch.op(TABLE)
 def gate(x: Tensor, z: Tensor, *, activation: str = "silu", backend: str | None = None) -> Tensor:
     """``x * act(z)`` in the dtype of z; x and z [...] of one shape.
 

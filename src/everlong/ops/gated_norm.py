@@ -14,7 +14,7 @@ from ..config import suggest
 from ..shapes import state_dtype
 from . import dispatch
 from .cases import Case
-from .native.pointwise import gated_norm_native, refuse_norm
+from .native.pointwise import gated_norm_native, refuse
 from .norm import check_weights, norm_reference, norm_torch, output_dtype
 
 FIRST = ("gate", "norm")
@@ -40,13 +40,15 @@ def gated_norm_torch(x: Tensor, z: Tensor, *, weight: Tensor | None, eps: float,
     return y * F.silu(z).to(y.dtype)
 
 
-TABLE = (
-    dispatch.Impl("native", gated_norm_native, refuse_norm),
+TABLE = dispatch.Table(
+    "gated_norm",
+    dispatch.Impl("native", gated_norm_native, refuse, dispatch.avoid_few),
     dispatch.Impl("torch", gated_norm_torch),
     dispatch.Impl("reference", gated_norm_reference),
 )
 
 
+@dispatch.op(TABLE)
 def gated_norm(
     x: Tensor,
     z: Tensor,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .native.product import lower_linear
 from .record import leaf
 from .transforms import custom_op, several_gradients, transforming
 
@@ -29,7 +30,7 @@ WORTH = 1 << 21  # multiply-adds: for fewer, calling oneDNN costs more than it s
 ROWS, SUMMED = 128, 512  # the smallest piece: of rows that stay rows, and of rows that are summed up
 
 
-@leaf
+@leaf(lower_linear)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``y = x W^T + b``: x [... I], weight [O I], bias [O] -> y [... O]. Obeys autocast as PyTorch's own does.
 

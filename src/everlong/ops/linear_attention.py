@@ -20,14 +20,14 @@ from .cases import Case
 from .common import chunk_size, heads_first, heads_last, loop, suffix_sum
 from .decay import decayed
 from .key_decay import decay_pairs
-from .native.linear_attention import linear_attention_native, refuse
+from .native.linear_attention import linear_attention_native, lower_step, refuse
 from .record import leaf
 
 SEQUENCE = ("q", "k", "v", "g")
 CHUNK = 64
 
 
-@leaf
+@leaf(lower_step)
 def linear_attention_step(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, *, bonus: Tensor | None = None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -154,13 +154,15 @@ def _per_key(
     return heads_last(scores @ v + read @ before, length), state
 
 
-TABLE = (
+TABLE = dispatch.Table(
+    "linear_attention",
     dispatch.Impl("native", linear_attention_native, refuse),
     dispatch.Impl("torch", linear_attention_chunk),
     dispatch.Impl("reference", linear_attention_reference),
 )
 
 
+@dispatch.op(TABLE, step=linear_attention_step)
 def linear_attention(
     q: Tensor,
     k: Tensor,

@@ -7,6 +7,7 @@ Used by Hyena (arXiv 2302.10866), and by S4 and its kin where they are trained a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from ..state import growing, state
 from . import dispatch
 from .cases import Case
 from .common import windows
+from .native.long_conv import lower_step
+from .record import leaf
 from .transforms import custom_op, transforming
 
 SEQUENCE = ("x",)
@@ -36,6 +39,15 @@ def long_conv_step(x: Tensor, *, kernel: Tensor, state: History) -> tuple[Tensor
     past = torch.cat([state.x, x.to(state.x.dtype)[:, None]], dim=1)
     lags = min(past.shape[1], kernel.shape[1])
     return newest(past[:, past.shape[1] - lags :], kernel[:, :lags].flip(1).t()).to(x.dtype), History(past)
+
+
+@leaf(lower_step)
+def history_step(x: Tensor, lags: Callable[[int], Tensor], state: History) -> tuple[Tensor, History]:
+    """``long_conv_step`` with a kernel that is a function of the lag: ``lags(n)`` is the kernel [C n].
+
+    The weights that ``lags`` reads must stay as they are while a recording of this step is in use.
+    """
+    return long_conv_step(x, kernel=lags(state.x.shape[1] + 1), state=state)
 
 
 def newest(past: Tensor, weights: Tensor) -> Tensor:
@@ -280,12 +292,14 @@ def _products(left: Tensor, right: Tensor) -> Tensor:
     return F.pad(slanted.unflatten(1, (half, 2 * half - 1)).sum(1), [1, 0])
 
 
-TABLE = (
+TABLE = dispatch.Table(
+    "long_conv",
     dispatch.Impl("torch", long_conv_chunk),
     dispatch.Impl("reference", long_conv_reference),
 )
 
 
+@dispatch.op(TABLE, step=long_conv_step)
 def long_conv(
     x: Tensor, *, kernel: Tensor, state: History | None = None, starts: Tensor | None = None, backend: str | None = None
 ) -> tuple[Tensor, History]:

@@ -135,12 +135,14 @@ def _gradients(
     return grads.transpose(0, 1), drecurrent.view_as(recurrent), dstate
 
 
-TABLE = (
+TABLE = dispatch.Table(
+    "lstm_scan",
     dispatch.Impl("torch", lstm_scan_fused, dispatch.when_traced),
     dispatch.Impl("reference", lstm_scan_reference),
 )
 
 
+@dispatch.op(TABLE, step=lstm_scan_step)
 def lstm_scan(
     x: Tensor,
     *,

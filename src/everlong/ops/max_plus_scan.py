@@ -52,12 +52,14 @@ def max_plus_scan_chunk(x: Tensor, g: Tensor, *, state: Tensor, starts: Tensor |
     return m.to(out_dtype), (m[:, -1] if x.shape[1] else state).clone()  # a view would keep all of m in memory
 
 
-TABLE = (
+TABLE = dispatch.Table(
+    "max_plus_scan",
     dispatch.Impl("torch", max_plus_scan_chunk),
     dispatch.Impl("reference", max_plus_scan_reference),
 )
 
 
+@dispatch.op(TABLE, step=max_plus_scan_step)
 def max_plus_scan(
     x: Tensor, g: Tensor, *, state: Tensor | None = None, starts: Tensor | None = None, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from ..config import suggest
 from ..shapes import state_dtype
 from . import dispatch
 from .cases import Case
-from .native.pointwise import norm_native, refuse_norm
+from .native.pointwise import norm_native, refuse
 
 STYLES = ("rms", "layer")
 
@@ -49,13 +49,15 @@ def output_dtype(x: Tensor, weight: Tensor | None) -> torch.dtype:
     return x.dtype if weight is None else weight.dtype
 
 
-TABLE = (
-    dispatch.Impl("native", norm_native, refuse_norm),
+TABLE = dispatch.Table(
+    "norm",
+    dispatch.Impl("native", norm_native, refuse, dispatch.avoid_few),
     dispatch.Impl("torch", norm_torch),
     dispatch.Impl("reference", norm_reference),
 )
 
 
+@dispatch.op(TABLE)
 def norm(
     x: Tensor,
     *,

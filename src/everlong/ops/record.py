@@ -1,7 +1,7 @@
-"""Recording one run of PyTorch code, so that it can be replayed without Python (``models/decode.py``).
+"""Recording one run of PyTorch code, so that it can be replayed without Python (``generation/recording.py``).
 
-``Recorder`` notes every PyTorch operation while it runs. A function marked with ``leaf`` is noted as one call under its
-own name, not by what happens inside it: the steps of the recurrences and linear maps, which have kernels of their own.
+``Recorder`` notes every PyTorch operation while it runs. A function marked with ``leaf`` is noted as one call, not by
+what happens inside it: the steps of the recurrences and linear maps, which have instructions of their own.
 What reads a tensor's memory without an operation (``numpy``, ``tolist``, ``data_ptr``) is noted too.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
+import types
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -91,26 +92,44 @@ def recording() -> Recorder | None:
     return next(reversed(_recorders()), None)
 
 
-def leaf(function: F) -> F:
-    """Note calls of ``function`` in a recording as one; otherwise it runs as it is."""
-    signature = inspect.signature(function)
+def leaf(lower: Callable[..., None]) -> Callable[[F], F]:
+    """Note calls of a function in a recording as one, not by what happens inside it; otherwise it runs as it is.
 
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or recording() is None:
-            return function(*args, **kwargs)
-        recorders = [recorder for recorder in _recorders() if not recorder.inside]
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        for recorder in recorders:
-            recorder.inside += 1
-        try:
-            out = function(*args, **kwargs)
-        finally:
-            for recorder in recorders:
-                recorder.inside -= 1
-        for recorder in recorders:
-            recorder.calls.append(Call(call, (), dict(bound.arguments), out))
-        return out
+    ``lower(to, out, **arguments)`` appends the instructions of such a call to a program (``ops/native/lowering.py``).
+    """
 
-    return call  # type: ignore[return-value]
+    def mark(function: F) -> F:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling() or recording() is None:
+                return function(*args, **kwargs)
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            return _noted(call, function, args, kwargs, dict(bound.arguments))
+
+        call.lower = lower  # type: ignore[attr-defined]
+        return call  # type: ignore[return-value]
+
+    return mark
+
+
+def _noted(call: Any, function: Any, args: Any, kwargs: Any, arguments: dict[str, Any]) -> Any:
+    """Run ``function`` with all recorders at work looking away, and note the call."""
+    recorders = [recorder for recorder in _recorders() if not recorder.inside]
+    for recorder in recorders:
+        recorder.inside += 1
+    try:
+        out = function(*args, **kwargs)
+    finally:
+        for recorder in recorders:
+            recorder.inside -= 1
+    for recorder in recorders:
+        recorder.calls.append(Call(call, (), arguments, out))
+    return out
+
+
+def lowering(op: Any) -> Callable[..., None] | None:
+    """How a recorded operation appends its own instructions; None where it is no ``leaf``."""
+    return getattr(op, "lower", None) if isinstance(op, types.FunctionType) else None

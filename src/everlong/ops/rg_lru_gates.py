@@ -55,13 +55,15 @@ def input_scale(g: Tensor) -> Tensor:
     return torch.where(gentle, root, still.sqrt() + STEEPEST * (square - still))
 
 
-TABLE = (
-    dispatch.Impl("native", rg_lru_gates_native, refuse),
+TABLE = dispatch.Table(
+    "rg_lru_gates",
+    dispatch.Impl("native", rg_lru_gates_native, refuse, dispatch.avoid_few),
     dispatch.Impl("torch", rg_lru_gates_torch),
     dispatch.Impl("reference", rg_lru_gates_reference),
 )
 
 
+@dispatch.op(TABLE)
 def rg_lru_gates(
     x: Tensor,
     r: Tensor,

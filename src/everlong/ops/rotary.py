@@ -9,18 +9,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .native.rotary import lower_cos_sin, lower_rotate
+from .record import leaf
 
-def angles(positions: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines for ``positions [...]``, for heads whose first ``width`` channels turn: ``[... 1 R]``.
+
+@leaf(lower_cos_sin)
+def cos_sin(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of ``positions [...]`` int64 times ``frequencies [F]`` fp64, each ``[... F]`` of ``dtype``.
 
     Computed in fp64, because an angle of a million radians has lost two digits in fp32.
     """
+    angle = positions[..., None] * frequencies
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def angles(positions: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines ``[... 1 R]`` for ``positions [...]``, where the first ``width`` channels turn."""
     pairs = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device)
-    angle = positions.double()[..., None, None] * theta ** (-pairs / width)
-    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    cos, sin = (part[..., None, :] for part in cos_sin(positions, theta ** (-pairs / width), dtype))
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
+@leaf(lower_rotate)
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the first R channels of each head.  x [... H K], cos and sin [... 1 R] -> [... H K] in the dtype of x."""
     width = cos.shape[-1]

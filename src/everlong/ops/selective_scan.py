@@ -22,7 +22,7 @@ from ..shapes import check_starts, dims, state_dtype
 from . import dispatch
 from .cases import Case
 from .common import loop
-from .native.selective_scan import refuse, selective_scan_native
+from .native.selective_scan import lower_step, refuse, selective_scan_native
 from .record import leaf
 from .transforms import custom_op, when_transforming
 
@@ -31,7 +31,7 @@ TILE = 1 << 16  # states of the rows of one tile
 LOG2E = 1 / math.log(2)
 
 
-@leaf
+@leaf(lower_step)
 def selective_scan_step(
     x: Tensor,
     dt: Tensor,
@@ -294,13 +294,15 @@ def _backward(ctx: Any, grad_y: Tensor, grad_state: Tensor, _: Tensor) -> tuple[
 
 _scan.register_autograd(_backward, setup_context=_save)
 
-TABLE = (
+TABLE = dispatch.Table(
+    "selective_scan",
     dispatch.Impl("native", selective_scan_native, refuse),
     dispatch.Impl("torch", selective_scan_chunk, when_transforming),
     dispatch.Impl("reference", selective_scan_reference),
 )
 
 
+@dispatch.op(TABLE, step=selective_scan_step)
 def selective_scan(
     x: Tensor,
     dt: Tensor,

@@ -27,7 +27,7 @@ SEQUENCE = ("x",)
 TILE = 1 << 17  # numbers of one tile of rows
 
 
-@leaf
+@leaf(native.lower_step)
 def short_conv_step(
     x: Tensor, *, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -181,13 +181,15 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 _convolve.register_autograd(_backward, setup_context=_save)
 
-TABLE = (
+TABLE = dispatch.Table(
+    "short_conv",
     dispatch.Impl("native", short_conv_native, native.refuse),
     dispatch.Impl("torch", short_conv_chunk),
     dispatch.Impl("reference", short_conv_reference),
 )
 
 
+@dispatch.op(TABLE, step=short_conv_step)
 def short_conv(
     x: Tensor,
     *,

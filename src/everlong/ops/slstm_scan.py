@@ -215,12 +215,14 @@ def _gradients(
     return grads.permute(2, 0, 1, 3, 4), drecurrent.view_as(recurrent), dfirst.permute(2, 0, 1, 3)
 
 
-TABLE = (
+TABLE = dispatch.Table(
+    "slstm_scan",
     dispatch.Impl("torch", slstm_scan_fused, dispatch.when_traced),
     dispatch.Impl("reference", slstm_scan_reference),
 )
 
 
+@dispatch.op(TABLE, step=slstm_scan_step)
 def slstm_scan(
     x: Tensor,
     *,

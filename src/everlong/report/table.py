@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from .. import state as states
 from ..config import find, mixer_names
+from ..generation.decoder import Decoder
 from ..mixers.base import Mixer
 from ..models.blocks import Layer
-from ..models.decode import Decoder
 from ..models.lm import LanguageModel
 from ..ops import native
 from .measures import size
@@ -67,7 +66,7 @@ def operations(layer: Mixer, length: int) -> int:
     return 2 * sum(p.numel() for p in layer.parameters()) + 4 * fixed + 2 * a_token * length
 
 
-def mixing(mixer: type) -> dict[str, Callable[..., Any]]:
+def mixing(mixer: type) -> dict[str, Any]:
     """The ops over time by which a mixer's file mixes tokens, by name: those that walk along the sequence."""
     found = vars(sys.modules[mixer.__module__])
     ops = {name: op for name, op in found.items() if "SEQUENCE" in getattr(op, "__globals__", {})}
@@ -76,7 +75,7 @@ def mixing(mixer: type) -> dict[str, Callable[..., Any]]:
 
 def trains(mixer: type) -> str:
     """Whether the ops that mix tokens have a kernel (each has its backward pass): ``yes``, ``in part`` or ``no``."""
-    found = [any(row.name == "native" for row in op.__globals__["TABLE"]) for op in mixing(mixer).values()]
+    found = [any(row.name == "native" for row in op.table) for op in mixing(mixer).values()]
     return "yes" if found and all(found) else "in part" if any(found) else "no"
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..transforms import custom_op
-from . import call, refusal, threads_for
+from . import call, count, refusal, threads_for
+from .guards import Unsupported
+from .program import Buffer, Ref
+
+if TYPE_CHECKING:
+    from .lowering import Lowering
 
 
 def refuse(**inputs: Any) -> str | None:
@@ -41,3 +46,24 @@ def decode(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, positi
     """y [B H V] in fp32, for caches [B S G K] and [B S G V] in one piece; they take k and v at ``position mod S``."""
     new = (x.to(keys.dtype).contiguous() for x in (k, v))
     return _decode((q.float() * scale).contiguous(), *new, keys, values, position.contiguous())
+
+
+# ---- one token in a program ----
+
+
+def lower_step(to: Lowering, out: Any, q: Tensor, k: Tensor, v: Tensor, scale: float | None, state: Any) -> None:
+    """The instructions of ``attention_step``: parts of all rows, then their sum."""
+    y, after = out
+    (batch, heads, keys), (_, groups, values) = q.shape, v.shape
+    half = state.k.dtype == torch.bfloat16
+    if state.k.dtype != state.v.dtype or (not half and state.k.dtype != torch.float32):
+        raise Unsupported(f"keys and values of {state.k.dtype} and {state.v.dtype}")
+    tables = [to.table(state.k, after.k), to.table(state.v, after.v)]
+    tokens, position = [to.lined(t) for t in (q, k, v)], to.advance(state.position, after.position)
+    ring = 0 if to.grows(tables[0]) else state.k.shape[1]
+    space = Ref(Buffer(batch * count("ev_attention_space", heads, values)))
+    numbers, scalars = [groups, ring, half], [keys**-0.5 if scale is None else scale]
+    inputs, size = (*tokens, position, *tables, space), (batch, heads, keys, values)
+    to.add("slots", size, space, *inputs, numbers=numbers, scalars=scalars, shared=True)
+    to.add("merge", size, to.new(y), *inputs, numbers=numbers, scalars=scalars, shared=True)
+    to.add("count", (batch,), position, position, numbers=[1])

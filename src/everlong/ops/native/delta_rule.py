@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from torch import Tensor
 from ..transforms import custom_op
 from . import call, refusal
 from .prepare import common_dtype, flat, total, wants_gradient
+
+if TYPE_CHECKING:
+    from .lowering import Lowering
 
 EVERY = 16  # tokens between two states kept for the backward pass
 LANES = 64  # values of a block, as in heads.h
@@ -205,3 +208,26 @@ def delta_rule_native(
     wide = (flat(x, dtype) for x in (q, k, v, a, b))
     y, final, _, _ = _forward(*wide, flat(g), flat(state), None if starts is None else starts.contiguous(), keep)
     return y.to(v.dtype), final
+
+
+# ---- one token in a program ----
+
+
+def lower_step(
+    to: Lowering,
+    out: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor | None,
+    g: Tensor | None,
+    state: Tensor,
+) -> None:
+    """The instruction of ``delta_rule_step``."""
+    y, after = out
+    batch, heads, keys, values = state.shape
+    tokens = to.heads((q, k), (batch, heads, keys)) + to.heads((v,), (batch, heads, values))
+    tokens += to.heads((a, b, g), (batch, heads, keys))
+    memory, gates = to.own(state, after), 0 if g is None else g.dim() - 1
+    to.add("delta", state.shape, to.new(y), *tokens, memory, numbers=[gates], shared=True)

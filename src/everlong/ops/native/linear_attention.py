@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..transforms import custom_op
 from . import call, refusal
+from .guards import Unsupported
 from .prepare import common_dtype, flat, total, wants_gradient
+
+if TYPE_CHECKING:
+    from .lowering import Lowering
 
 EVERY = 64  # tokens between two states kept for the backward pass, a multiple of the kernel's chunk of 16
 LANES = 64  # values of a block, as in heads.h
@@ -190,3 +194,29 @@ def linear_attention_native(
     fixed = (flat(g), flat(bonus), flat(state), None if starts is None else starts.contiguous())
     y, final, _ = _forward(*(x.to(dtype).contiguous() for x in (q, k, v)), *fixed, keep)
     return y.to(v.dtype), final
+
+
+# ---- one token in a program ----
+
+
+def lower_step(
+    to: Lowering,
+    out: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    bonus: Tensor | None,
+    state: Tensor,
+) -> None:
+    """The instruction of ``linear_attention_step``."""
+    y, after = out
+    batch, heads, keys, values = state.shape
+    groups = q.shape[1]
+    if heads % groups:
+        raise Unsupported(f"{heads} heads that share {groups} queries")
+    tokens = to.heads((q, k), (batch, groups, keys)) + to.heads((v,), (batch, heads, values))
+    tokens += to.heads((g,), (batch, heads, keys))
+    extra = None if bonus is None else to.constant(bonus.expand(heads, keys))
+    memory, gates = to.own(state, after), 0 if g is None else g.dim() - 1
+    to.add("attend", state.shape, to.new(y), *tokens, extra, memory, numbers=[gates, groups], shared=True)

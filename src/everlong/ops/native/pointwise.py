@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import FEW
 from ..transforms import custom_op
 from . import call, refusal, rows, threads_for
 
@@ -15,17 +14,16 @@ ACTIVATIONS = ("silu", "sigmoid", "gelu_tanh", "relu2")  # in the order of point
 PLAIN, GATE_FIRST, GATE_LAST = range(3)
 
 
+def refuse(**inputs: Any) -> str | None:
+    """Why the kernels cannot run on these inputs, or None."""
+    return refusal(inputs)
+
+
 def refuse_gate(**inputs: Any) -> str | None:
     """Why the kernel cannot run on these inputs, or None."""
     if inputs["activation"] not in ACTIVATIONS:
         return f"the kernel has no {inputs['activation']}"
-    return refuse_norm(**inputs)
-
-
-def refuse_norm(**inputs: Any) -> str | None:
-    """Why the kernels cannot run on these inputs, or None."""
-    x = inputs["x"]
-    return f"{x.numel()} numbers are few: PyTorch's own calls cost less" if x.numel() < FEW else refusal(inputs)
+    return refuse(**inputs)
 
 
 def _is_half(x: Tensor) -> int:

@@ -6,7 +6,7 @@ each in 32 bits, inputs padded to a multiple of 32 and outputs to one of 16.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from ...config import suggest
 from ..record import leaf
 from ..transforms import custom_op
 from . import BUILD, MISSING, call, count, cpu_has
+
+if TYPE_CHECKING:
+    from .lowering import Lowering
 
 FORMATS = ("fp32", "bf16", "int8", "int4")  # the order is that of Weights in product.h
 LANES, GROUP = 16, 32
@@ -116,7 +119,30 @@ def empty(out: int, width: int, format: str) -> Packed:
     return Packed(weight, scale, out, width)
 
 
-@leaf
+# ---- one token in a program ----
+
+
+def lower_product(to: Lowering, out: Tensor, x: Tensor, packed: Packed) -> None:
+    """The instructions of ``product``."""
+    raw = [packed.weight] if packed.scale is None else [packed.weight, packed.scale]
+    to.product(out, x, packed.kind, raw, (packed.out, packed.width))
+
+
+def lower_unpack(to: Lowering, out: Tensor, packed: Packed, rows: Tensor, dtype: Any) -> None:
+    """The instruction of ``unpack`` for rows that are token ids."""
+    raw = [packed.weight] if packed.scale is None else [packed.weight, packed.scale]
+    to.look_up(out, rows, raw, (packed.kind, packed.out, packed.width))
+
+
+def lower_linear(to: Lowering, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """The instructions of a linear map with a constant weight."""
+    to.linear(out, x, weight, bias)
+
+
+# ----
+
+
+@leaf(lower_unpack)
 def unpack(packed: Packed, rows: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
     """The matrix [out in], or its ``rows`` (int64 [...]), as fp32 or bf16: [... in].
 
@@ -187,7 +213,7 @@ def native_rows(packed: Packed) -> int:
     return 2**62 if unlimited else MAX_ROWS
 
 
-@leaf
+@leaf(lower_product)
 def product(x: Tensor, packed: Packed) -> Tensor:
     """x [... in] times the matrix: y [... out] of x's dtype, with sums in fp32.
 

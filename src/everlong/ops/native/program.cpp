@@ -8,6 +8,7 @@
 #include <cmath>
 #include <vector>
 
+#include "attention.h"
 #include "product.h"
 #include "steps.h"
 
@@ -38,7 +39,8 @@ enum Code : int64_t {
   LOG_SIGMOID, ELU, SIN, COS, NOT, POWER, CLAMP,                                                       // one input
   ADD, SUB, MUL, DIV, MAXIMUM, MINIMUM, LT, LE, GT, GE, EQ, NE, AND, OR,                                 // two
   WHERE, ADDCMUL,                                                                                      // three
-  SUM = 64, MEAN, MAX, NORM, MATMUL, EMBED, PREPARE, PRODUCT, CONV, SCAN, ATTEND, DELTA
+  SUM = 64, MEAN, MAX, NORM, MATMUL, EMBED, PREPARE, PRODUCT, CONV, SCAN, ATTEND, DELTA,
+  COUNT, NUMBER, TURN, ROTATE, SLOTS_, MERGE, HISTORY
 };
 
 struct Share {
@@ -301,6 +303,110 @@ void heads(const Instruction &i, Share share) {
                   i.in[6].at}, task / H, task % H, decay);
 }
 
+// int64 numbers: out = in + number[0].
+void count(const Instruction &i) {
+  for (int64_t k = 0; k < i.size[0]; k++) ((int64_t *)i.out.at)[k] = ((const int64_t *)i.in[0].at)[k] + i.number[0];
+}
+
+// Counts as numbers.
+void number(const Instruction &i) {
+  for (int64_t k = 0; k < i.size[0]; k++) i.out.at[k] = float(((const int64_t *)i.in[0].at)[k]);
+}
+
+// Cosines and sines of counts times frequencies, in fp64: an angle of a million radians has lost two digits in fp32.
+void turn(const Instruction &i) {
+  const double *frequencies = (const double *)i.raw[0];
+  for (int64_t k = 0; k < i.size[0]; k++)
+    for (int64_t f = 0; f < i.size[1]; f++) {
+      const double angle = double(((const int64_t *)i.in[0].at)[k]) * frequencies[f];
+      i.out.at[k * i.size[1] + f] = float(std::cos(angle));
+      i.in[1].at[k * i.size[1] + f] = float(std::sin(angle));
+    }
+}
+
+// The first R channels of every head turned: y_c = x_c cos_c + x_{c + R/2 mod R} sin_c, the others copied.
+// size = {rows, heads, K, R}; cosines and sines [rows R].
+void rotate(const Instruction &i) {
+  const int64_t R = i.size[3], half = R / 2;
+  const Ref &x = i.in[0], &cosines = i.in[1], &sines = i.in[2];
+  for (int64_t b = 0; b < i.size[0]; b++)
+    for (int64_t h = 0; h < i.size[1]; h++) {
+      const float *from = x.at + b * x.stride[0] + h * x.stride[1];
+      const float *c = cosines.at + b * cosines.stride[0], *s = sines.at + b * sines.stride[0];
+      float *to = i.out.at + b * i.out.stride[0] + h * i.out.stride[1];
+      for (int64_t k = 0; k < half; k++) {
+        to[k] = from[k] * c[k] + from[k + half] * s[k];
+        to[k + half] = from[k + half] * c[k + half] + from[k] * s[k + half];
+      }
+      for (int64_t k = R; k < i.size[2]; k++) to[k] = from[k];
+    }
+}
+
+// One token of a long convolution: y_c = sum_s past_s kernel_{n - s}, over the n + 1 inputs that a row has kept, the new
+// one included, which is appended. size = {rows, C}; in: x, counts n, the rows' memory [S C], and where the kernel
+// [room C] lies, lag 0 last, and its room. Summed in runs of 256 slots.
+template <class T>
+struct History {
+  const Instruction &i;
+  int64_t channels() const { return i.size[1]; }
+
+  void append(T *to, int64_t b, int64_t begin, int64_t end) const {
+    const Ref &x = i.in[0];
+    for (int64_t c = begin; c < end; c += W) {
+      const int n = lanes(end - c);
+      store(to + c, load(x.at + b * x.stride[0] + c * x.stride[1], x.stride[1], n), n);
+    }
+  }
+
+  // 64 channels at most.
+  void filter(int64_t b, int64_t begin, int64_t end) const {
+    const int64_t n = ((const int64_t *)i.in[1].at)[b], *kernel = (const int64_t *)i.in[3].at;
+    T *past = ((T *const *)i.in[2].at)[b];
+    const float *weights = (const float *)kernel[0] + (kernel[1] - n - 1) * channels();
+    append(past + n * channels(), b, begin, end);
+    vf y[64 / W] = {};
+    for (int64_t first = 0; first <= n; first += 256) {
+      vf run[64 / W] = {};
+      for (int64_t s = first; s < (n + 1 < first + 256 ? n + 1 : first + 256); s++)
+        for (int64_t c = begin, k = 0; c < end; c += W, k++) {
+          const int l = lanes(end - c);
+          run[k] += load(past + s * channels() + c, l) * load(weights + s * channels() + c, l);
+        }
+      for (int64_t k = 0; k < 64 / W; k++) y[k] += run[k];
+    }
+    for (int64_t c = begin, k = 0; c < end; c += W, k++)
+      store(i.out.at + b * i.out.stride[0] + c * i.out.stride[1], i.out.stride[1], y[k], lanes(end - c));
+  }
+};
+template <class T>
+void history_of(const Instruction &i, Share share) {
+  const int64_t C = i.size[1], runs = (C + 63) / 64, all = i.size[0] * runs;
+  for (int64_t task = share.begin(all); task < share.end(all); task++) {
+    const int64_t begin = task % runs * 64;
+    History<T>{i}.filter(task / runs, begin, begin + 64 < C ? begin + 64 : C);
+  }
+}
+void history(const Instruction &i, Share share) { i.number[0] ? history_of<bf16>(i, share) : history_of<float>(i, share); }
+
+template <class T>
+AttentionStep<T> attention(const Instruction &i) {
+  const int64_t groups = i.number[0];
+  return {i.size[0], groups, i.size[1] / groups, i.size[2], i.size[3], i.number[1], float(i.scalar[0]), i.in[0], i.in[1],
+          i.in[2], i.out, (const int64_t *)i.in[3].at, (T *const *)i.in[4].at, (T *const *)i.in[5].at, i.in[6].at};
+}
+template <class T>
+void attention_parts(const Instruction &i, Share share) {
+  const AttentionStep<T> step = attention<T>(i);
+  const int64_t all = step.tasks();
+  step.parts(share.begin(all), share.end(all));
+}
+template <class T>
+void attention_merge(const Instruction &i, Share share) {
+  const AttentionStep<T> step = attention<T>(i);
+  const int64_t all = step.batch * step.heads();
+  step.merge(share.begin(all), share.end(all));
+}
+
 void perform(const Instruction &i, Share share, const int64_t *tokens) {
   if (i.code < ADD) return map1(i, share);
   if (i.code < WHERE) return map2(i, share);
@@ -317,6 +423,13 @@ void perform(const Instruction &i, Share share, const int64_t *tokens) {
     case CONV: return conv(i, share);
     case SCAN: return scan(i, share);
     case ATTEND: case DELTA: return heads(i, share);
+    case COUNT: return count(i);
+    case NUMBER: return number(i);
+    case TURN: return turn(i);
+    case ROTATE: return rotate(i);
+    case SLOTS_: return i.number[2] ? attention_parts<bf16>(i, share) : attention_parts<float>(i, share);
+    case MERGE: return i.number[2] ? attention_merge<bf16>(i, share) : attention_merge<float>(i, share);
+    case HISTORY: return history(i, share);
   }
 }
 

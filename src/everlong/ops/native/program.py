@@ -1,14 +1,15 @@
 """Programs of native instructions: one token as a list of small operations on fixed memory, replayed by one call.
 
 A ``Program`` collects instructions whose operands are ``Ref``s into buffers; ``finish`` lays the buffers out in one
-arena, reusing the memory of values that are no longer needed, and ``run`` replays the list on PyTorch's threads.
-All numbers are fp32; a truth value is 0 or 1.
+arena, reusing the memory of values that are no longer needed. It holds no memory but constants: an ``Instance`` brings
+the arena and the states, and ``run`` replays the list there on PyTorch's threads, so that one program serves any number
+of owners. All numbers of the arena are fp32; a truth value is 0 or 1.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ ONE += ["gelu", "gelu_tanh", "relu", "softplus", "log_sigmoid", "elu", "sin", "c
 TWO = ["add", "sub", "mul", "div", "maximum", "minimum", "lt", "le", "gt", "ge", "eq", "ne", "and", "or"]
 THREE = ["where", "addcmul"]
 LARGE = ["sum", "mean", "max", "norm", "matmul", "embed", "prepare", "product", "conv", "scan", "attend", "delta"]
+LARGE += ["count", "number", "turn", "rotate", "slots", "merge", "history"]
 CODES = {name: code for code, name in [*enumerate([*ONE, *TWO, *THREE]), *enumerate(LARGE, 64)]}
 
 
@@ -43,15 +45,40 @@ class _CInstruction(ctypes.Structure):
     ]
 
 
+WORDS = ctypes.sizeof(_CInstruction) // 8
+
+
+class Form(NamedTuple):
+    """What an instance brings for a buffer: for each row ``shape`` of ``dtype``.
+
+    ``kind`` is "numbers" (fp32) or "counts" (int64), all rows in one tensor; "table": the address of each row's own
+    memory, int64, where the first axis may grow; "held": how many entries a history holds, int64 for each row; "lags":
+    the address of a kernel and how many lags it has.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    grows: bool = False
+    of: Any = None  # the buffer of the history that is held
+    lags: Callable[[int], Tensor] | None = None  # the kernel [C lags]
+
+
 @dataclass(eq=False)
 class Buffer:
-    """Memory of one value: given (a parameter, a state), or a part of the arena while it lives."""
+    """Memory of one value: given (a constant), brought by each instance, or a part of the arena while it lives."""
 
     numbers: int
     given: Tensor | None = None
+    brought: Form | None = None
     first: int = -1  # instructions that touch it
     last: int = -1
     offset: int = 0
+
+    @property
+    def in_arena(self) -> bool:
+        """Does it lie in the arena?"""
+        return self.given is None and self.brought is None
 
 
 class Ref(NamedTuple):
@@ -78,7 +105,7 @@ class Instruction:
 
 @dataclass
 class Program:
-    """Instructions in order. Build it with ``add``, then ``finish``; ``run`` as often as wanted."""
+    """Instructions in order. Build it with ``add``, then ``finish``; run it as an ``Instance``."""
 
     instructions: list[Instruction] = field(default_factory=list)
     kept: list[Tensor] = field(default_factory=list)  # memory that instructions point to
@@ -99,25 +126,32 @@ class Program:
             self.kept.append(buffer.given)
 
     def finish(self) -> None:
-        """Give every buffer its place and encode the list."""
+        """Give every buffer its place and encode the list, but for the places of what an instance brings."""
         if count("ev_program_instruction_bytes") != ctypes.sizeof(_CInstruction):
             raise RuntimeError("the kernels know another form of instructions; build them again: make kernels")
-        self.arena = torch.zeros(_lay_out(self._buffers()), dtype=torch.float32, device="cpu")
+        self.numbers = _lay_out(self._buffers())
         self.rows = max((int(i.size[0]) for i in self.instructions if i.name == "embed"), default=0)  # token ids read
-        self.encoded = (_CInstruction * len(self.instructions))()
-        for line, instruction in zip(self.encoded, self.instructions, strict=True):
-            self._encode(line, instruction)
+        self.spots: dict[
+            Buffer | None, list[tuple[int, int]]
+        ] = {}  # word of the list, and bytes behind a buffer (None:
+        encoded = (_CInstruction * len(self.instructions))()  # the arena) that belong there
+        for index, instruction in enumerate(self.instructions):
+            self._encode(encoded[index], index * WORDS, instruction)
+        self.encoded = (
+            torch.frombuffer(encoded, dtype=torch.int64).clone() if self.instructions else torch.empty(0).long()
+        )
 
     def _buffers(self) -> list[Buffer]:
         refs = [ref for i in self.instructions for ref in (i.out, *i.inputs) if ref is not None]
-        return list({id(r.buffer): r.buffer for r in refs if r.buffer.given is None}.values())
+        return list({id(r.buffer): r.buffer for r in refs if r.buffer.in_arena}.values())
 
-    def _encode(self, line: Any, instruction: Instruction) -> None:
+    def _encode(self, line: Any, word: int, instruction: Instruction) -> None:
         line.code, line.shared = CODES[instruction.name], instruction.shared
         line.size[:] = [*instruction.size, *[0] * (4 - len(instruction.size))]
-        self._encode_ref(line.out, instruction.out)
-        for place, ref in zip(line.inputs, instruction.inputs, strict=False):
-            self._encode_ref(place, ref)
+        self._encode_ref(line.out, word + _CInstruction.out.offset // 8, instruction.out)
+        first, words = _CInstruction.inputs.offset // 8, ctypes.sizeof(_CRef) // 8
+        for place, (index, ref) in zip(line.inputs, enumerate(instruction.inputs), strict=False):
+            self._encode_ref(place, word + first + index * words, ref)
         for place, values in (
             (line.number, instruction.numbers),
             (line.scalar, instruction.scalars),
@@ -125,34 +159,54 @@ class Program:
         ):
             place[: len(values)] = list(values)
 
-    def _encode_ref(self, place: Any, ref: Ref | None) -> None:
-        if ref is not None:
-            place.at = self.address(ref)
-            place.stride[: len(ref.strides)] = list(ref.strides)
+    def _encode_ref(self, place: Any, word: int, ref: Ref | None) -> None:
+        if ref is None:
+            return
+        place.stride[: len(ref.strides)] = list(ref.strides)
+        buffer = ref.buffer
+        if buffer.given is not None:
+            place.at = buffer.given.data_ptr() + 4 * ref.offset
+        else:
+            spot = (word, 4 * (ref.offset + (buffer.offset if buffer.in_arena else 0)))
+            self.spots.setdefault(None if buffer.in_arena else buffer, []).append(spot)
 
-    def address(self, ref: Ref) -> int:
-        """Where ``ref`` lies in memory, after ``finish``."""
-        base = (
-            self.arena.data_ptr() + 4 * ref.buffer.offset if ref.buffer.given is None else ref.buffer.given.data_ptr()
-        )
-        return base + 4 * ref.offset
+
+class Instance:
+    """A finished program on memory of its own: an arena, and what ``bring`` puts in the place of its buffers."""
+
+    def __init__(self, program: Program) -> None:
+        self.program, self._brought = program, {}  # type: ignore[var-annotated]
+        self._encoded = program.encoded.clone()
+        self.arena = torch.zeros(program.numbers, dtype=torch.float32, device="cpu")
+        self._place(None, self.arena.data_ptr())
+
+    def bring(self, buffer: Buffer, memory: Tensor) -> None:
+        """Let ``buffer`` be ``memory``, contiguous from its first number on, as the form of the buffer says."""
+        self._brought[buffer] = memory
+        self._place(buffer, memory.data_ptr())
+
+    def _place(self, buffer: Buffer | None, address: int) -> None:
+        spots = self.program.spots.get(buffer, [])
+        if spots:
+            words, behind = torch.tensor(spots, dtype=torch.int64, device="cpu").unbind(1)
+            self._encoded[words] = behind + address
 
     def view(self, ref: Ref, shape: Sequence[int]) -> Tensor:
-        """The numbers of ``ref`` as a tensor that shares their memory, after ``finish``."""
-        if ref.buffer.given is None:
-            return self.arena.as_strided(tuple(shape), ref.strides, ref.buffer.offset + ref.offset)
-        given = ref.buffer.given
-        return given.as_strided(tuple(shape), ref.strides, given.storage_offset() + ref.offset)
+        """The numbers of ``ref`` as a tensor that shares their memory."""
+        buffer = ref.buffer
+        if buffer.in_arena:
+            return self.arena.as_strided(tuple(shape), ref.strides, buffer.offset + ref.offset)
+        memory = self._brought[buffer] if buffer.given is None else buffer.given
+        return memory.as_strided(tuple(shape), ref.strides, memory.storage_offset() + ref.offset)
 
     def run(self, begin: int, end: int, tokens: Tensor) -> None:
         """Replay instructions ``begin`` to ``end`` for the ids ``tokens`` int64 [B]."""
-        size = ctypes.sizeof(_CInstruction)
         call(
             "ev_program_run",
-            ctypes.addressof(self.encoded) + begin * size,
+            self._encoded.data_ptr() + begin * ctypes.sizeof(_CInstruction),
             end - begin,
             tokens,
-            self.rows or tokens.numel(),
+            self.program.rows or tokens.numel(),
             1 if waiting.look() else torch.get_num_threads(),  # threads meet often: not on cores that others want
         )
 

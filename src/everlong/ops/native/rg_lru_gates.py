@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from ..transforms import custom_op
-from . import call, threads_for
-from .pointwise import refuse_norm
+from . import call, refusal, threads_for
 from .prepare import common_dtype, flat
 
-refuse = refuse_norm  # few numbers, and what every kernel refuses
+
+def refuse(**inputs: Any) -> str | None:
+    """Why the kernel cannot run on these inputs, or None."""
+    return refusal(inputs)
 
 
 def _call(name: str, inputs: tuple[Any, ...], *outputs: Tensor | int) -> None:

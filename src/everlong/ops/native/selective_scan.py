@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from torch import Tensor
 from ..transforms import custom_op
 from . import call, refusal
 from .prepare import common_dtype, flat, wants_gradient
+
+if TYPE_CHECKING:
+    from .lowering import Lowering
 
 CHUNK = 32  # tokens between two states kept for the backward pass, as in selective_scan.cpp
 
@@ -188,3 +191,33 @@ def selective_scan_native(
     tokens = [i.to(dtype).contiguous() for i in (x, dt)]
     y, final, _ = _forward(*tokens, *fixed, None if starts is None else starts.contiguous(), keep)
     return y.to(x.dtype), final
+
+
+# ---- one token in a program ----
+
+
+def lower_step(
+    to: Lowering,
+    out: Any,
+    x: Tensor,
+    dt: Tensor,
+    B: Tensor,
+    C: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor,
+) -> None:
+    """The instruction of ``selective_scan_step``."""
+    y, after = out
+    batch, channels, keys = state.shape
+    x, dt, A = x.expand(batch, channels), dt.expand(batch, channels), A.expand(channels, keys)
+    step = to.ref(dt)
+    if dt_bias is not None:
+        given, step = step, to.temporary(dt.shape)
+        to.map("add", dt.shape, step, [given, to.repeat(dt_bias, dt.shape)])
+        to.map("softplus", dt.shape, step, [step])
+    tokens = [to.ref(x), step, *(to.lined(t.expand(batch, keys)) for t in (B, C))]
+    fixed = [to.constant(A), None if D is None else to.constant(D.expand(channels))]
+    memory = to.own(state, after)
+    to.add("scan", state.shape, to.new(y), *tokens, *fixed, memory, shared=True)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..transforms import custom_op
 from . import call, last_axis_whole, refusal, threads_for
+from .guards import Unsupported
+
+if TYPE_CHECKING:
+    from .lowering import Lowering
 
 
 def refuse(**inputs: Any) -> str | None:
@@ -82,3 +86,24 @@ def convolve(
     weight, bias = weight.float(), None if bias is None else bias.float().contiguous()
     starts = None if starts is None else starts.contiguous()
     return _forward(x.to(dtype), weight, bias, state.to(dtype), starts, activation == "silu").to(x.dtype)
+
+
+COLD = 1 << 10  # numbers of a window from which all threads share: one alone would wait for memory that is cold
+
+
+# ---- one token in a program ----
+
+
+def lower_step(
+    to: Lowering, out: Any, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, activation: str | None = None
+) -> None:
+    """The instruction of ``short_conv_step``."""
+    y, after = out
+    if activation not in (None, "silu"):
+        raise Unsupported(f"a convolution followed by {activation}")
+    batch, window_length, channels = state.shape
+    source, taps = to.ref(x.expand(batch, channels)), to.constant(weight.expand(channels, window_length + 1).t())
+    shift, window = None if bias is None else to.constant(bias.expand(channels)), to.own(state, after)
+    shared = x.numel() >= COLD  # its memory is cold: one thread alone would wait for all of it
+    rest = {"numbers": [activation is not None], "shared": shared}
+    to.add("conv", (batch, channels, weight.shape[1]), to.new(y), source, taps, shift, window, **rest)

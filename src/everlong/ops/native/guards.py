@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.record import Call
+from ..record import Call
 
 DRAWS = "draws random numbers"
 PLAIN = "add sub mul div pow square neg abs exp expm1 log log1p sqrt rsqrt reciprocal sigmoid silu tanh relu sin cos"

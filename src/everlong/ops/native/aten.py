@@ -1,7 +1,7 @@
-"""The native form of each operation that a recorded step may hold. Those of PyTorch by name, then the leaves.
+"""The native form of each operation of PyTorch that a recorded step may hold, by name.
 
 A rule names the arguments that it honours as PyTorch's schema does (``x`` is ``self``); ``guards.options`` refuses all
-others unless they are at rest.
+others unless they are at rest. Functions marked with ``leaf`` carry their own form (``ops/record.py``).
 """
 
 from __future__ import annotations
@@ -13,17 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.delta_rule import delta_rule_step
-from ..ops.linear import linear
-from ..ops.linear_attention import linear_attention_step
-from ..ops.native.product import Packed, product, unpack
-from ..ops.native.program import Ref
-from ..ops.selective_scan import selective_scan_step
-from ..ops.short_conv import short_conv_step
 from .guards import Unsupported
-from .lowering import BIG, WEIGHTS, Lowering, Rules
+from .lowering import WEIGHTS, Lowering
 
-RULES = Rules({}, {})
+RULES: dict[str, Callable[..., None]] = {}
 SAME = {
     "bitwise_not": "not",
     "logical_not": "not",
@@ -34,17 +27,9 @@ SAME = {
 }
 
 
-def _leaf(function: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    def note(rule: Callable[..., None]) -> Callable[..., None]:
-        RULES.leaves[function] = rule
-        return rule
-
-    return note
-
-
 def _aten(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     def note(rule: Callable[..., None]) -> Callable[..., None]:
-        RULES.aten.update(dict.fromkeys(names, rule))
+        RULES.update(dict.fromkeys(names, rule))
         return rule
 
     return note
@@ -59,7 +44,11 @@ def _unary(to: Lowering, name: str, out: Tensor, x: Tensor) -> None:
 @_aten("clone", "_to_copy")
 def _converted(to: Lowering, name: str, out: Tensor, x: Tensor) -> None:
     """What the values of a program may be (``Lowering.dtypes``) keeps its digits in fp32; truth is ``x != 0``."""
-    if out.dtype == torch.bool and x.dtype != torch.bool:
+    if x.dtype == torch.int64 and out.dtype == torch.int64:
+        to.count(out, x, 0)
+    elif x.dtype == torch.int64 and out.dtype == torch.float32 and out.is_contiguous():
+        to.add("number", (out.numel(),), to.new(out), to.counts(x))
+    elif out.dtype == torch.bool and x.dtype != torch.bool:
         to.elementwise("ne", out, x, 0)
     else:
         to.elementwise("copy", out, x)
@@ -93,6 +82,8 @@ def _binary(to: Lowering, name: str, out: Tensor, x: Any, other: Any) -> None:
 
 @_aten("add", "sub")
 def _sum(to: Lowering, name: str, out: Tensor, x: Any, other: Any) -> None:
+    if out.dtype == torch.int64 and isinstance(x, Tensor) and type(other) is int:
+        return to.count(out, x, other if name == "add" else -other)
     if not out.is_complex():
         return to.elementwise(name, out, x, other)
     parts = to.parts(x, out.shape), to.parts(other, out.shape)
@@ -262,126 +253,4 @@ def _bmm(to: Lowering, name: str, out: Tensor, x: Tensor, mat2: Tensor) -> None:
 def _embedding(to: Lowering, name: str, out: Tensor, weight: Tensor, indices: Tensor) -> None:
     if to.known(weight):
         raise Unsupported("a table that depends on the token")
-    _look_up(to, out, indices, [weight.detach().contiguous()], (WEIGHTS.get(weight.dtype, -1), *weight.shape))
-
-
-def _look_up(to: Lowering, out: Tensor, tokens: Tensor, raw: Sequence[Tensor], numbers: Sequence[int]) -> None:
-    """Rows of a matrix of any format: those of the token ids, which ``run`` is given."""
-    if not to.is_tokens(tokens) or not tokens.is_contiguous() or numbers[0] < 0:
-        raise Unsupported("a table that is looked up by something else than token ids")
-    to.add("embed", (tokens.numel(),), to.new(out), numbers=numbers, raw=raw)
-
-
-# ---- the leaves: their arguments by name, as in ops/*.py ----
-
-
-@_leaf(linear)
-def _linear(to: Lowering, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    to.linear(out, x, weight, bias)
-
-
-@_leaf(product)
-def _product(to: Lowering, out: Tensor, x: Tensor, packed: Packed) -> None:
-    raw = [packed.weight] if packed.scale is None else [packed.weight, packed.scale]
-    to.product(out, x, packed.kind, raw, (packed.out, packed.width))
-
-
-@_leaf(unpack)
-def _unpack(to: Lowering, out: Tensor, packed: Packed, rows: Tensor, dtype: Any) -> None:
-    raw = [packed.weight] if packed.scale is None else [packed.weight, packed.scale]
-    _look_up(to, out, rows, raw, (packed.kind, packed.out, packed.width))
-
-
-@_leaf(short_conv_step)
-def _short_conv_step(
-    to: Lowering, out: Any, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, activation: str | None = None
-) -> None:
-    y, after = out
-    if activation not in (None, "silu"):
-        raise Unsupported(f"a convolution followed by {activation}")
-    batch, window_length, channels = state.shape
-    source, taps = to.ref(x.expand(batch, channels)), to.constant(weight.expand(channels, window_length + 1).t())
-    shift, window = None if bias is None else to.constant(bias.expand(channels)), to.own(state, after)
-    shared = x.numel() >= BIG // 16  # its memory is cold: one thread alone would wait for all of it
-    rest = {"numbers": [activation is not None], "shared": shared}
-    to.add("conv", (batch, channels, weight.shape[1]), to.new(y), source, taps, shift, window, **rest)
-
-
-@_leaf(selective_scan_step)
-def _selective_scan_step(
-    to: Lowering,
-    out: Any,
-    x: Tensor,
-    dt: Tensor,
-    B: Tensor,
-    C: Tensor,
-    A: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    state: Tensor,
-) -> None:
-    y, after = out
-    batch, channels, keys = state.shape
-    x, dt, A = x.expand(batch, channels), dt.expand(batch, channels), A.expand(channels, keys)
-    step = to.ref(dt)
-    if dt_bias is not None:
-        given, step = step, to.temporary(dt.shape)
-        to.map("add", dt.shape, step, [given, to.repeat(dt_bias, dt.shape)])
-        to.map("softplus", dt.shape, step, [step])
-    tokens = [to.ref(x), step, *(_lined(to, t.expand(batch, keys)) for t in (B, C))]
-    fixed = [to.constant(A), None if D is None else to.constant(D.expand(channels))]
-    memory = to.own(state, after)
-    to.add("scan", state.shape, to.new(y), *tokens, *fixed, memory, shared=True)
-
-
-@_leaf(linear_attention_step)
-def _linear_attention_step(
-    to: Lowering,
-    out: Any,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    bonus: Tensor | None,
-    state: Tensor,
-) -> None:
-    y, after = out
-    batch, heads, keys, values = state.shape
-    groups = q.shape[1]
-    if heads % groups:
-        raise Unsupported(f"{heads} heads that share {groups} queries")
-    tokens = _heads(to, (q, k), (batch, groups, keys)) + _heads(to, (v,), (batch, heads, values))
-    tokens += _heads(to, (g,), (batch, heads, keys))
-    extra = None if bonus is None else to.constant(bonus.expand(heads, keys))
-    memory, gates = to.own(state, after), 0 if g is None else g.dim() - 1
-    to.add("attend", state.shape, to.new(y), *tokens, extra, memory, numbers=[gates, groups], shared=True)
-
-
-@_leaf(delta_rule_step)
-def _delta_rule_step(
-    to: Lowering,
-    out: Any,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor | None,
-    g: Tensor | None,
-    state: Tensor,
-) -> None:
-    y, after = out
-    batch, heads, keys, values = state.shape
-    tokens = _heads(to, (q, k), (batch, heads, keys)) + _heads(to, (v,), (batch, heads, values))
-    tokens += _heads(to, (a, b, g), (batch, heads, keys))
-    memory, gates = to.own(state, after), 0 if g is None else g.dim() - 1
-    to.add("delta", state.shape, to.new(y), *tokens, memory, numbers=[gates], shared=True)
-
-
-def _heads(to: Lowering, given: Sequence[Tensor | None], shape: tuple[int, int, int]) -> list[Ref | None]:
-    """Where q, k, v or gates of the heads lie; a gate may be one for all keys."""
-    return [None if t is None else to.ref(t.expand(shape[: t.dim()])) for t in given]
-
-
-def _lined(to: Lowering, x: Tensor) -> Ref:
-    """Where x lies, its last axis number by number."""
-    return to.ref(x) if x.stride(-1) == 1 else to.dense(x)
+    to.look_up(out, indices, [weight.detach().contiguous()], (WEIGHTS.get(weight.dtype, -1), *weight.shape))

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops import native
-from ..ops.native.product import MAX_ROWS
-from ..ops.native.program import Buffer, Instruction, Program, Ref
-from ..ops.record import Call
-from ..shapes import extent
-from . import guards
+from ...shapes import extent
+from ..record import Call, lowering
+from . import count, guards
 from .guards import Unsupported
+from .product import MAX_ROWS
+from .program import Buffer, Form, Instruction, Program, Ref
 
 BIG = 1 << 14  # numbers from which all threads share an elementwise instruction
 COSTLY = {"exp", "sigmoid", "silu", "gelu", "gelu_tanh", "softplus", "tanh", "log", "log1p", "expm1", "sin", "cos"}
@@ -29,17 +28,12 @@ TRUTHS = {"lt", "le", "gt", "ge", "eq", "ne", "not", "and", "or"}  # instruction
 TOKENS = Buffer(0)  # stands for the ids, which every run is given anew
 
 
-class Rules(NamedTuple):
-    """The native forms: of PyTorch's operations by name, and of functions marked with ``leaf``."""
-
-    aten: dict[str, Callable[..., None]]
-    leaves: dict[Any, Callable[..., None]]
-
-
 class Lowering:
     """Grows ``program`` call by call. ``places`` knows the buffer of every value that depends on the token."""
 
-    def __init__(self, program: Program, rules: Rules, dtypes: set[torch.dtype], tokens: Tensor) -> None:
+    def __init__(
+        self, program: Program, rules: dict[str, Callable[..., None]], dtypes: set[torch.dtype], tokens: Tensor
+    ) -> None:
         self.program, self.rules, self.dtypes = program, rules, dtypes  # dtypes: of values that depend on the token
         zero = torch.zeros(1, dtype=torch.float32, device="cpu")
         self.zero = Ref(Buffer(1, zero))  # the imaginary part of what is real
@@ -65,10 +59,17 @@ class Lowering:
         self.alive.append(tensor)
         self.places[_key(tensor)] = buffer
 
-    def bind_state(self, tensor: Tensor, memory: Tensor) -> None:
-        """``tensor`` is a state before the step; it lies in ``memory`` from one token to the next."""
-        self.bind(tensor, Buffer(memory.numel(), memory))
-        self.states.add(id(self.places[_key(tensor)]))
+    def bind_state(self, tensor: Tensor, *, grows: bool = False) -> Buffer:
+        """``tensor`` [B ...] is a state before the step; from one token to the next it lies in memory of the owner.
+
+        ``grows``: the rows keep one entry more after each token, along the axis behind them.
+        """
+        kind = "table" if grows else "counts" if tensor.dtype == torch.int64 else "numbers"
+        dtype = torch.float32 if kind == "numbers" else tensor.dtype
+        buffer = Buffer(tensor.numel(), brought=Form(kind, tuple(tensor.shape[1:]), dtype, grows))
+        self.bind(tensor, buffer)
+        self.states.add(id(buffer))
+        return buffer
 
     def is_state(self, tensor: Tensor) -> bool:
         """Does this value lie in the memory of a state, where the next step writes?"""
@@ -98,6 +99,8 @@ class Lowering:
         buffer, offset = self.places[_key(tensor)], numbers * int(tensor.storage_offset())
         if buffer is TOKENS:
             raise Unsupported("token ids that are used as numbers")
+        if buffer.brought is not None and buffer.brought.kind == "table":
+            raise Unsupported("a history that is read by something else than its own op")
         if tensor.is_neg() or tensor.dtype not in self.dtypes:
             raise Unsupported(f"values of dtype {tensor.dtype}" if not tensor.is_neg() else "a view of minus a value")
         if offset + numbers * extent(tensor) > buffer.numbers:
@@ -169,9 +172,70 @@ class Lowering:
             self.stale.add(_key(after))  # it lies elsewhere in the definition: fine to keep, not to read
         return memory
 
+    def counts(self, tensor: Tensor) -> Ref:
+        """Where the int64 numbers ``tensor`` lie, in order."""
+        if self.known(tensor) and self.places[_key(tensor)] is TOKENS:
+            raise Unsupported("token ids that are used as numbers")
+        if not self.known(tensor) or _key(tensor) in self.stale:
+            raise Unsupported("integers that are no counts of the state")
+        if tensor.dtype != torch.int64 or not tensor.is_contiguous():
+            raise Unsupported(f"integers {_name(tensor)}, or laid out otherwise than in order")
+        return Ref(self.places[_key(tensor)], 2 * int(tensor.storage_offset()))
+
+    def count(self, out: Tensor, x: Tensor, more: int) -> None:
+        """``out = x + more`` for int64 numbers."""
+        source = self.counts(x)
+        if not self.known(out):
+            self.bind(out, Buffer(2 * (int(out.storage_offset()) + extent(out))))
+        self.add("count", (out.numel(),), self.counts(out), source, numbers=[more])
+
+    def advance(self, state: Tensor, after: Tensor) -> Ref:
+        """The memory of counts that grow by one in the step, which ``add_one`` does at its end."""
+        memory = self.counts(state)
+        self.alive.append(after)
+        self.places[_key(after)], self.moved[_key(after)] = memory.buffer, memory
+        self.stale |= {_key(state), _key(after)}
+        return memory
+
+    def table(self, state: Tensor, after: Tensor) -> Ref:
+        """Where the addresses of the rows of ``state`` lie: memory of each row that the op alone reads and writes."""
+        buffer = self.places.get(_key(state))
+        if buffer is None or id(buffer) not in self.states or after.dtype != state.dtype or buffer.brought is None:
+            raise Unsupported("a history that is no state, or one of another dtype after the step")
+        if buffer.brought.kind == "numbers" and buffer.first < 0 and state.is_contiguous():
+            buffer.brought = Form("table", tuple(state.shape[1:]), state.dtype, grows=False)
+        if buffer.brought.kind != "table" or state.dtype not in self.dtypes:
+            raise Unsupported(f"a history {_name(state)} that is read otherwise too")
+        self.alive.append(after)
+        self.places[_key(after)], self.moved[_key(after)] = buffer, Ref(buffer)
+        self.stale |= {_key(state), _key(after)}
+        return Ref(buffer)
+
+    @staticmethod
+    def grows(table: Ref) -> bool:
+        """Does a history keep every entry, or are its places used again?"""
+        return table.buffer.brought is not None and table.buffer.brought.grows
+
+    def _keep_counts(self, after: Tensor, state: Tensor) -> None:
+        """The memory of counts takes their value after the step."""
+        if _key(after) in self.moved:
+            if self.moved[_key(after)].buffer is not self.places[_key(state)]:
+                raise Unsupported("a state that becomes another")
+        elif after.shape != state.shape or after.dtype != state.dtype or not self.known(after):
+            raise Unsupported(f"counts {_name(state)} that become {_name(after)}")
+        elif self.places[_key(after)] is not self.places[_key(state)]:
+            self.add("count", (state.numel(),), Ref(self.places[_key(state)]), self.counts(after), numbers=[0])
+
     def keep(self, after: Tensor, state: Tensor) -> None:
         """At the end of a step: the memory of ``state`` takes the value ``after``."""
         home = self.places[_key(state)]
+        kind = home.brought.kind if home.brought is not None else "numbers"
+        if kind == "counts":
+            return self._keep_counts(after, state)
+        if kind == "table":
+            if self.moved.get(_key(after), Ref(Buffer(0))).buffer is not home:
+                raise Unsupported("a state that grows")
+            return None
         if after.shape != state.shape or after.dtype != state.dtype:
             raise Unsupported(f"a state {_name(state)} that becomes {_name(after)}")
         if _key(after) in self.moved:
@@ -181,10 +245,11 @@ class Lowering:
         if source.buffer is home:
             if source.offset or source.strides != state.stride():
                 raise Unsupported("a state that moves within its own memory")
-            return
+            return None
         if id(source.buffer) in self.states:
             raise Unsupported("a state that becomes another")
         self.map("copy", state.shape, Ref(home, 0, state.stride()), [source])
+        return None
 
     # ---- instructions ----
 
@@ -255,7 +320,7 @@ class Lowering:
         strides = (x.stride(0) if simple else shape[1], 1)
         key = (source.buffer, source.offset, strides, kind, shape[1], rows)
         if key not in self.prepared:
-            space = Ref(Buffer(-(-native.count("ev_product_scratch", *numbers, rows) // 4)))
+            space = Ref(Buffer(-(-count("ev_product_scratch", *numbers, rows) // 4)))
             at = Ref(source.buffer, source.offset, strides)
             self.add("prepare", (rows,), space, at, numbers=numbers, raw=raw)
             self.prepared[key] = space
@@ -273,6 +338,20 @@ class Lowering:
         if bias is not None:
             self.elementwise("add", out, out, bias)
 
+    def heads(self, given: Sequence[Tensor | None], shape: tuple[int, int, int]) -> list[Ref | None]:
+        """Where q, k, v or gates of the heads lie; a gate may be one for all keys."""
+        return [None if t is None else self.ref(t.expand(shape[: t.dim()])) for t in given]
+
+    def lined(self, x: Tensor) -> Ref:
+        """Where x lies, its last axis number by number."""
+        return self.ref(x) if x.stride(-1) == 1 else self.dense(x)
+
+    def look_up(self, out: Tensor, tokens: Tensor, raw: Sequence[Tensor], numbers: Sequence[int]) -> None:
+        """Rows of a matrix of any format: those of the token ids, which every run is given."""
+        if not self.is_tokens(tokens) or not tokens.is_contiguous() or numbers[0] < 0:
+            raise Unsupported("a table that is looked up by something else than token ids")
+        self.add("embed", (tokens.numel(),), self.new(out), numbers=numbers, raw=raw)
+
     # ---- calls ----
 
     def lower(self, calls: Sequence[Call]) -> None:
@@ -286,7 +365,7 @@ class Lowering:
             tensors = guards.tensors((call.args, call.kwargs))
             known = [self.known(x) for x in tensors]
             for x in guards.written(call):
-                mine = self.known(x) and self.places[_key(x)].given is None
+                mine = self.known(x) and self.places[_key(x)].in_arena
                 if not mine and (any(known) or _key(x) not in made or _key(x) in read):
                     raise Unsupported(f"{guards.name(call)} changes memory that is no value of the token's")
             if any(known):
@@ -295,15 +374,15 @@ class Lowering:
             made |= {_key(x) for x in guards.tensors(call.out)} - {_key(x) for x in tensors}
 
     def _lower(self, call: Call) -> None:
-        rule = self.rules.leaves.get(call.op)
-        if rule is not None:
-            return rule(self, call.out, **call.kwargs)
+        lower = lowering(call.op)
+        if lower is not None:
+            return lower(self, call.out, **call.kwargs)
         guards.numbers_read(call)
         outs = guards.tensors(call.out)
         if guards.is_view(call) and all(self.known(x) for x in outs if x.numel()):
             return None
         name = guards.rule_name(call)
-        rule = self.rules.aten.get(name)
+        rule = self.rules.get(name)
         if rule is None:
             raise Unsupported(guards.name(call))
         if any(self.known(x) for x in outs) and not guards.written(call):

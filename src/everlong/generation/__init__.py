@@ -1,0 +1,1 @@
+"""Generation: a model's step recorded as a program, pools of rows that it runs on, sampling, sessions, text."""
