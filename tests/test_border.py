@@ -151,7 +151,7 @@ def test_the_table_is_that_of_the_sources():
     for name, signature in signatures.table().items():
         mine = [{"c_long": "int64_t", "c_double": "double", "c_void_p": "*"}[t.__name__] for t in signature.types]
         assert found.pop(name) == mine, name
-    counts = {"ev_attention_space", "ev_product_scratch", "ev_program_instruction_bytes"}
+    counts = {"ev_attention_space", "ev_product_scratch", "ev_program_instruction_bytes", "ev_program_kinds"}
     assert set(found) == counts, "an entry point without a signature"
 
 

@@ -8,6 +8,7 @@ import itertools
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -185,3 +186,15 @@ def test_memory_is_reused_but_never_shared_by_living_values():
             apart = a.offset + a.numbers <= b.offset or b.offset + b.numbers <= a.offset
             assert apart or not together
     assert program.numbers < sum(max(16, b.numbers) for b in buffers)
+
+
+@needs_kernels
+def test_instructions_are_known_by_name():
+    program, out = Program(), Ref(Buffer(4), 0, (0, 0, 0, 1))
+    program.add(Instruction("atend", (1, 1, 1, 4), out, [out]))
+    with pytest.raises(ValueError, match="the kernels have no instruction 'atend'; did you mean 'attend'"):
+        program.finish()
+
+    twice = SimpleNamespace(ev_program_kinds=lambda: 3, ev_program_kind=lambda code: b"scan")
+    with pytest.raises(RuntimeError, match="two kinds of instructions are registered as scan"):
+        native._kinds.__wrapped__(twice)

@@ -24,7 +24,7 @@ class Decoder:
         if batch < 1:
             raise ValueError(f"batch must be at least 1 row, got {batch}")
         self.model, self.batch, self._pool = model, batch, Pool(model, batch)
-        self._rows = range(batch)
+        self._rows = tuple(range(batch))
         before = self._pool.programs.cost
         self._pool.load(self._rows, model.init_state(batch))
         self._pool.prepare(self._rows)

@@ -35,25 +35,34 @@ class Generation(Iterator[int]):
             Pool(model, 1),
             Sampler(model.cfg.vocab_size, read.device),
         )
-        self._pool.put(0, session.state)
+        self._pool.hand_over((0,), session.state)
         self._sampler.put(0, sampling, read[0])
+        self._unread: int | None = None
 
     @property
     def session(self) -> Session:
         """The state after all tokens yielded so far; a copy, so going on does not change it."""
+        self._read()
         dtype = self.model.embedding.weight.dtype
         return Session(state=self._pool.take(0), logits=self._logits.to(dtype, copy=True))
 
     @torch.no_grad()
+    def _read(self) -> None:
+        """Read the last token that was drawn: not before somebody needs what follows it."""
+        if self._unread is not None:
+            token = torch.tensor([self._unread], device=self._logits.device)
+            self._logits, self._unread = self._pool.step(token, (0,)), None
+
     def __next__(self) -> int:
         if self.left <= 0:
             raise StopIteration
+        self._read()
         token = self._sampler.draw(self._logits, (0,))[0]
         if token in self.stop_ids:
             self.left = 0
             raise StopIteration
         self.left -= 1
-        self._logits = self._pool.step(torch.tensor([token], device=self._logits.device), (0,))
+        self._unread = token
         return token
 
 
@@ -100,7 +109,9 @@ def generate(
     if tokens.numel():
         logits, state = model.read(tokens, None if session is None else session.state, piece=whole("piece", piece))
         session = Session(state=state, logits=logits)
+        return Generation(model, tokens, session, sampling, left, ends)
     assert session is not None
+    session = states.map_leaves(torch.clone, session)  # what it was given stays as it is
     return Generation(model, tokens, session, sampling, left, ends)
 
 
@@ -190,7 +201,7 @@ class Batch(Iterator[tuple[int, int]]):
                 request = self._waiting.pop()
                 self._logits[row], state = self._model.read(request.prompt[None], piece=self._piece)
                 self._running[row] = request
-                self._pool.put(row, state)
+                self._pool.hand_over((row,), state)
                 self._sampler.put(row, request.sampling, request.prompt)
 
     @torch.no_grad()

@@ -56,7 +56,9 @@ class Pool:
         self._active: tuple[int, ...] = ()
         self._works: dict[int, dict[int, Any]] = {}  # their workspaces, by the first active row that they hold
         self._running: list[tuple[Player, int, int]] = []  # players, and their first and last of the active rows
+        self._whole: Player | None = None  # the only one, where it is for exactly these rows
         self._left = 0  # steps that there is room for
+        self._taken = 0  # steps of the active rows that their positions do not count yet
 
     # ---- the public face ----
 
@@ -81,9 +83,12 @@ class Pool:
                 raise ValueError(f"row {row} is none of this pool; expected 0 to {self.rows - 1}")
         states.check_like(state, self._empty, len(rows))
         states.check_values(state)
+        self.hand_over(rows, states.map_leaves(torch.clone, state))
+
+    def hand_over(self, rows: Sequence[int], state: Any) -> None:
+        """``load`` without a look at ``state`` and without a copy of it: for who has made it and gives it up."""
         for row in rows:
             self.free(row)
-        state = states.map_leaves(torch.clone, state)
         self._fresh |= {row: (state, index) for index, row in enumerate(rows)}
 
     def take(self, rows: int | Sequence[int]) -> Any:
@@ -96,6 +101,7 @@ class Pool:
             return _stacked([self.take(row) for row in wanted])
         if self._memory is None:
             return self._part(WHOLE, wanted)
+        self._count()
         slots = [self._slot[row] for row in wanted]
         layers: list[list[Any]] = [[] for _ in self.model.layers]
         for index, (where, native) in enumerate(self._blocks):
@@ -135,16 +141,17 @@ class Pool:
         if self._left == 0:
             with torch.inference_mode(False):
                 self._left = self._make_room()
-        tokens = tokens.long()
         self._left -= 1
-        self._position[: len(active)] += 1
-        if len(self._running) == 1:
-            return self._play(*self._running[0], tokens)
+        self._taken += 1
+        tokens = tokens.long().contiguous()
+        if self._whole is not None:
+            return self._whole.step(tokens, self._works[0], len(active))
         for player, begin, end in self._running:
             self._logits[begin:end] = self._play(player, begin, end, tokens)
         return self._logits
 
     def _play(self, player: Player, begin: int, end: int, tokens: Tensor) -> Tensor:
+        """One of several programs, or one for more rows than there are."""
         ids, count = tokens[begin:end], end - begin
         if count < player.recording.rows:
             ids = F.pad(ids, [0, player.recording.rows - count])
@@ -156,7 +163,7 @@ class Pool:
             raise ValueError(f"tokens have dtype {tokens.dtype}, expected int64 ids; encode the text first")
         if not rows:
             raise ValueError("no row takes a token; put one into the pool first")
-        low, high = int(tokens.min()), int(tokens.max())
+        low, high = (int(tokens), int(tokens)) if len(rows) == 1 else (int(tokens.min()), int(tokens.max()))
         if low < 0 or high >= self._vocabulary:
             raise ValueError(
                 f"token ids from {low} to {high}, expected 0 to {self._vocabulary - 1}; "
@@ -195,6 +202,8 @@ class Pool:
                 player = self._player(recording, first)
                 self._running.append((player, first, min(first + recording.rows, len(active))))
                 first += recording.rows
+        exact = len(self._running) == 1 and self._running[0][0].recording.rows == len(active)
+        self._whole = self._running[0][0] if exact else None
         self._put_to_work()
 
     def _recordings(self, sizes: list[int]) -> list[Recording | None]:
@@ -297,11 +306,17 @@ class Pool:
                 index: owner.workspace(_stacked([self._apart[row].pop(index) for row in rows]))
                 for index, owner in self._owners.items()
             }
-        if len(self._running) > 1:
+        if self._running and self._whole is None:
             self._logits = torch.cat([player.logits[: end - begin] for player, begin, end in self._running])
+
+    def _count(self) -> None:
+        """Count the steps that were taken, where the rows' positions are."""
+        self._position[: len(self._active)] += self._taken
+        self._taken = 0
 
     def _stand_still(self) -> None:
         """Split what the parts in Python hold into states of single rows."""
+        self._count()
         for index in self._owners if self._works else ():
             whole = self._part(index, self._active)
             for place, row in enumerate(self._active):

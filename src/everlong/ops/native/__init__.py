@@ -198,6 +198,22 @@ def _counted(library: ctypes.CDLL | str, name: str, *args: int) -> int:
     return int(function(*args))
 
 
+def kinds() -> dict[str, int]:
+    """The kinds of instructions that the kernels have registered, by name."""
+    return _kinds(_LIBRARY)
+
+
+@functools.lru_cache(16)
+def _kinds(library: ctypes.CDLL | str) -> dict[str, int]:
+    name_of = _function("ev_program_kind", library)
+    name_of.restype, name_of.argtypes = ctypes.c_char_p, [ctypes.c_int64]
+    names = [name_of(code).decode() for code in range(int(_function("ev_program_kinds", library)()))]
+    if len(set(names)) != len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise RuntimeError(f"two kinds of instructions are registered as {', '.join(twice)}; give each its own name")
+    return {name: code for code, name in enumerate(names)}
+
+
 def _function(name: str, library: ctypes.CDLL | str) -> Any:
     if isinstance(library, str):
         raise RuntimeError(f"{name} was called without kernels: {library}")

@@ -62,8 +62,8 @@ def lower_step(to: Lowering, out: Any, q: Tensor, k: Tensor, v: Tensor, scale: f
     tokens, position = [to.lined(t) for t in (q, k, v)], to.advance(state.position, after.position)
     ring = 0 if to.grows(tables[0]) else state.k.shape[1]
     space = Ref(Buffer(batch * count("ev_attention_space", heads, values)))
-    numbers, scalars = [groups, ring, half], [keys**-0.5 if scale is None else scale]
+    kind, numbers, scalars = " of bf16" if half else "", [groups, ring], [keys**-0.5 if scale is None else scale]
     inputs, size = (*tokens, position, *tables, space), (batch, heads, keys, values)
-    to.add("slots", size, space, *inputs, numbers=numbers, scalars=scalars, shared=True)
-    to.add("merge", size, to.new(y), *inputs, numbers=numbers, scalars=scalars, shared=True)
+    to.add("slots" + kind, size, space, *inputs, numbers=numbers, scalars=scalars, shared=True)
+    to.add("merge" + kind, size, to.new(y), *inputs, numbers=numbers, scalars=scalars, shared=True)
     to.add("count", (batch,), position, position, numbers=[1])

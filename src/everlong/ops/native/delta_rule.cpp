@@ -7,6 +7,7 @@
 //     gu = L b,  gv = L k,  gk = L v,  gb = L u,  gq = S_t gy,  ga = S_{t-1} gu,  gg = exp g (L . S_{t-1}),
 //     L <- diag(exp g) L + a gu^T + q_{t-1} gy_{t-1}^T,
 // which also sums what the token before needs first.
+#include "head_steps.h"
 #include "heads.h"
 
 using namespace ev;
@@ -409,6 +410,54 @@ struct Backward : Problem<T> {
     memory.check();
   }
 };
+
+}  // namespace
+
+// ---- one token in a program ----
+
+namespace {
+
+// Delta rule: u = S^T a, S = diag(e) S + b u^T + k v^T (without b: k (v + u)^T), y = S^T q. One head.
+struct Delta {
+  int64_t heads, keys, values, gates;
+  Ref q, k, v, a, b, g, y;
+  float *state;
+};
+template <int N>
+void delta_columns(const Delta &p, int64_t row, int64_t head, int64_t c, const float *decay) {
+  const auto at = [&](const Ref &r) { return r.at ? r.at + row * r.stride[0] + head * r.stride[1] : nullptr; };
+  const float *q = at(p.q), *k = at(p.k), *a = at(p.a), *b = at(p.b);
+  float *first = p.state + (row * p.heads + head) * p.keys * p.values + c, *S = first;
+  const int n = N == 1 ? lanes(p.values - c) : W;
+  vf value[N], read[N] = {}, y[N] = {};
+  for (int j = 0; j < N; j++) value[j] = load(at(p.v) + (c + j * W) * p.v.stride[2], p.v.stride[2], n);
+  for (int64_t i = 0; i < p.keys; i++, S += p.values)
+    for (int j = 0; j < N; j++) read[j] += a[i * p.a.stride[2]] * load(S + j * W, n);
+  if (!b)
+    for (int j = 0; j < N; j++) value[j] += read[j];
+  S = first;
+  for (int64_t i = 0; i < p.keys; i++, S += p.values) {
+    const float key = k[i * p.k.stride[2]], query = q[i * p.q.stride[2]], other = b ? b[i * p.b.stride[2]] : 0.0f;
+    for (int j = 0; j < N; j++) {
+      vf now = decay[i] * load(S + j * W, n) + key * value[j];
+      if (b) now += other * read[j];
+      store(S + j * W, now, n);
+      y[j] += query * now;
+    }
+  }
+  for (int j = 0; j < N; j++) store(at(p.y) + (c + j * W) * p.y.stride[2], p.y.stride[2], y[j], n);
+}
+void delta_step(const Delta &p, int64_t row, int64_t head, float *decay) {
+  decays(p.gates, p.g, row, head, p.keys, decay);
+  every_columns(p.values, [&](int64_t c, auto n) { delta_columns<decltype(n)::value>(p, row, head, c, decay); });
+}
+
+void delta(const Instruction &i, Share share, const int64_t *) {
+  const Delta step{i.size[1], i.size[2], i.size[3], i.number[0], i.in[0], i.in[1], i.in[2], i.in[3], i.in[4], i.in[5], i.out,
+                   i.in[6].at};
+  every_head(i.size[0], i.size[1], i.size[2], share, [&](int64_t b, int64_t h, float *decay) { delta_step(step, b, h, decay); });
+}
+const Register delta_kind("delta", delta);
 
 }  // namespace
 

@@ -7,6 +7,7 @@
 // few chunks, so that rows of the inputs come whole and what heads share is made once. The backward pass starts from
 // states kept between those turns, makes those between again, and holds the state, and a copy of its gradient, with keys
 // in the lanes, where sums over values are plain products.
+#include "head_steps.h"
 #include "linear_attention.h"
 
 using namespace ev;
@@ -361,6 +362,52 @@ struct Backward : Problem<T> {
     memory.check();
   }
 };
+
+}  // namespace
+
+// ---- one token in a program ----
+
+namespace {
+
+// Linear attention: S = diag(e) S + k v^T, y = S^T q, or with a bonus y = (S_old + diag(u) k v^T)^T q. One head.
+struct Attend {
+  int64_t heads, groups, keys, values, gates;
+  Ref q, k, v, g, bonus, y;
+  float *state;
+};
+template <int N>
+void attend_columns(const Attend &p, int64_t b, int64_t head, int64_t c, const float *decay) {
+  const int64_t group = head / (p.heads / p.groups);
+  const float *q = p.q.at + b * p.q.stride[0] + group * p.q.stride[1];
+  const float *k = p.k.at + b * p.k.stride[0] + group * p.k.stride[1];
+  const float *from = p.v.at + b * p.v.stride[0] + head * p.v.stride[1] + c * p.v.stride[2];
+  float *to = p.y.at + b * p.y.stride[0] + head * p.y.stride[1] + c * p.y.stride[2];
+  float *S = p.state + (b * p.heads + head) * p.keys * p.values + c;
+  const int n = N == 1 ? lanes(p.values - c) : W;
+  vf v[N], y[N] = {};
+  for (int j = 0; j < N; j++) v[j] = load(from + j * W * p.v.stride[2], p.v.stride[2], n);
+  for (int64_t i = 0; i < p.keys; i++, S += p.values) {
+    const float key = k[i * p.k.stride[2]], query = q[i * p.q.stride[2]];
+    const float more = p.bonus.at ? p.bonus.at[head * p.keys + i] * key : 0.0f;
+    for (int j = 0; j < N; j++) {
+      const vf old = load(S + j * W, n), now = decay[i] * old + key * v[j];
+      store(S + j * W, now, n);
+      y[j] += query * (p.bonus.at ? old + more * v[j] : now);
+    }
+  }
+  for (int j = 0; j < N; j++) store(to + j * W * p.y.stride[2], p.y.stride[2], y[j], n);
+}
+void attend_step(const Attend &p, int64_t b, int64_t head, float *decay) {
+  decays(p.gates, p.g, b, head, p.keys, decay);
+  every_columns(p.values, [&](int64_t c, auto n) { attend_columns<decltype(n)::value>(p, b, head, c, decay); });
+}
+
+void attend(const Instruction &i, Share share, const int64_t *) {
+  const Attend step{i.size[1], i.number[1], i.size[2], i.size[3], i.number[0], i.in[0], i.in[1], i.in[2], i.in[3], i.in[4],
+                    i.out, i.in[5].at};
+  every_head(i.size[0], i.size[1], i.size[2], share, [&](int64_t b, int64_t h, float *decay) { attend_step(step, b, h, decay); });
+}
+const Register attend_kind("attend", attend);
 
 }  // namespace
 

@@ -23,5 +23,5 @@ def lower_step(to: Lowering, out: Any, x: Tensor, lags: Any, state: Any) -> None
         raise Unsupported(f"a history {list(state.x.shape)} of {state.x.dtype}")
     held = Ref(Buffer(0, brought=Form("held", (), torch.int64, of=past.buffer)))
     kernel = Ref(Buffer(0, brought=Form("lags", (channels,), torch.float32, lags=lags)))
-    source, half = to.ref(x), int(state.x.dtype == torch.bfloat16)
-    to.add("history", (batch, channels), to.new(y), source, held, past, kernel, numbers=[half], shared=True)
+    source, kind = to.ref(x), "history of bf16" if state.x.dtype == torch.bfloat16 else "history"
+    to.add(kind, (batch, channels), to.new(y), source, held, past, kernel, shared=True)

@@ -1,4 +1,5 @@
 // Entry points of product.h: a product on all threads, and rows of the matrix as floats.
+#include "instruction.h"
 #include "memory.h"
 #include "product.h"
 
@@ -17,6 +18,44 @@ void unpack(const Product &p, const int64_t *ids, int64_t count, T *rows, int64_
     product_unpack(p, row, row + 1, rows + i * p.in);
   }
 }
+
+}  // namespace
+
+// ---- one token in a program ----
+
+namespace {
+
+Product matrix(const Instruction &i) { return {i.number[0], i.number[1], i.number[2], i.raw[0], i.raw[1]}; }
+
+// The outputs of a share, in blocks of 32.
+struct Outputs {
+  int64_t begin, end;
+};
+Outputs outputs(const Instruction &i, Share share) {
+  const int64_t blocks = (i.number[1] + 31) / 32, end = share.end(blocks) * 32;
+  return {share.begin(blocks) * 32, end < i.number[1] ? end : i.number[1]};
+}
+
+// Rows `tokens` of the embedding.
+void embed(const Instruction &i, Share, const int64_t *tokens) {
+  for (int64_t b = 0; b < i.size[0]; b++) product_unpack(matrix(i), tokens[b], tokens[b] + 1, i.out.at + b * i.out.stride[0]);
+}
+
+void prepare(const Instruction &i, Share, const int64_t *) {
+  product_prepare(matrix(i), i.size[0], i.in[0].at, i.in[0].stride[0], (void *)i.out.at);
+}
+
+void rows(const Instruction &i, Share share, const int64_t *) {
+  const Outputs part = outputs(i, share);
+  product_rows(matrix(i), i.size[0], (const void *)i.in[0].at, part.begin, part.end, i.out.at, i.out.stride[0]);
+}
+
+Bytes weights(const Instruction &i, Share share) {
+  const Outputs part = outputs(i, share);
+  return product_bytes(matrix(i), part.begin, part.end);
+}
+
+const Register embed_kind("embed", embed), prepare_kind("prepare", prepare), product_kind("product", rows, weights);
 
 }  // namespace
 

@@ -10,6 +10,7 @@
 // products are summed exactly in int32, over a whole row or a group. The sums of one row of x are taken in one order,
 // whatever else is in the batch and however the outputs are split.
 #pragma once
+#include "instruction.h"
 #include "product_formats.h"
 
 namespace ev {
@@ -257,9 +258,6 @@ inline void product_rows(const Product &p, int64_t batch, const void *scratch, i
 }
 
 // The memory of the weights of outputs begin..end (multiples of 16, or ``out``), without scales.
-struct Bytes {
-  const char *from, *to;
-};
 inline Bytes product_bytes(const Product &p, int64_t begin, int64_t end) {
   const int64_t wide = product::padded(p.in, product::GROUP);
   const int64_t row = p.kind == FP32 ? p.in * 4 : p.kind == BF16 ? p.in * 2 : p.kind == INT8 ? wide : wide / 2;

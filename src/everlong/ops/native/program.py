@@ -16,16 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import call, count, waiting
+from ...config import suggest
+from . import call, count, kinds, waiting
 
 ALIGN = 16  # floats between the beginnings of two buffers
-ONE = ["copy", "neg", "abs", "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "reciprocal", "sigmoid", "silu", "tanh"]
-ONE += ["gelu", "gelu_tanh", "relu", "softplus", "log_sigmoid", "elu", "sin", "cos", "not", "power", "clamp"]
-TWO = ["add", "sub", "mul", "div", "maximum", "minimum", "lt", "le", "gt", "ge", "eq", "ne", "and", "or"]
-THREE = ["where", "addcmul"]
-LARGE = ["sum", "mean", "max", "norm", "matmul", "embed", "prepare", "product", "conv", "scan", "attend", "delta"]
-LARGE += ["count", "number", "turn", "rotate", "slots", "merge", "history"]
-CODES = {name: code for code, name in [*enumerate([*ONE, *TWO, *THREE]), *enumerate(LARGE, 64)]}
 
 
 class _CRef(ctypes.Structure):
@@ -134,19 +128,21 @@ class Program:
         self.spots: dict[
             Buffer | None, list[tuple[int, int]]
         ] = {}  # word of the list, and bytes behind a buffer (None:
-        encoded = (_CInstruction * len(self.instructions))()  # the arena) that belong there
+        encoded = (_CInstruction * max(1, len(self.instructions)))()  # the arena) that belong there
         for index, instruction in enumerate(self.instructions):
             self._encode(encoded[index], index * WORDS, instruction)
-        self.encoded = (
-            torch.frombuffer(encoded, dtype=torch.int64).clone() if self.instructions else torch.empty(0).long()
-        )
+        self.encoded = torch.frombuffer(encoded, dtype=torch.int64).clone()
+        self.places = {
+            buffer: torch.tensor(spots, dtype=torch.int64, device="cpu").unbind(1)
+            for buffer, spots in self.spots.items()
+        }
 
     def _buffers(self) -> list[Buffer]:
         refs = [ref for i in self.instructions for ref in (i.out, *i.inputs) if ref is not None]
         return list({id(r.buffer): r.buffer for r in refs if r.buffer.in_arena}.values())
 
     def _encode(self, line: Any, word: int, instruction: Instruction) -> None:
-        line.code, line.shared = CODES[instruction.name], instruction.shared
+        line.code, line.shared = code(instruction.name), instruction.shared
         line.size[:] = [*instruction.size, *[0] * (4 - len(instruction.size))]
         self._encode_ref(line.out, word + _CInstruction.out.offset // 8, instruction.out)
         first, words = _CInstruction.inputs.offset // 8, ctypes.sizeof(_CRef) // 8
@@ -186,9 +182,8 @@ class Instance:
         self._place(buffer, memory.data_ptr())
 
     def _place(self, buffer: Buffer | None, address: int) -> None:
-        spots = self.program.spots.get(buffer, [])
-        if spots:
-            words, behind = torch.tensor(spots, dtype=torch.int64, device="cpu").unbind(1)
+        if buffer in self.program.places:
+            words, behind = self.program.places[buffer]
             self._encoded[words] = behind + address
 
     def view(self, ref: Ref, shape: Sequence[int]) -> Tensor:
@@ -209,6 +204,14 @@ class Instance:
             self.program.rows or tokens.numel(),
             1 if waiting.look() else torch.get_num_threads(),  # threads meet often: not on cores that others want
         )
+
+
+def code(name: str) -> int:
+    """The number of a kind of instruction. ``ValueError`` where the kernels have none of this name."""
+    known = kinds()
+    if name not in known:
+        raise ValueError(f"the kernels have no instruction {name!r}{suggest(name, known)}")
+    return known[name]
 
 
 def _lay_out(buffers: list[Buffer]) -> int:

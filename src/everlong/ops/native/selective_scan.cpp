@@ -5,6 +5,7 @@
 // pass keeps the states at every CHUNK-th token; the backward pass recomputes the others from them.
 #include <vector>
 
+#include "instruction.h"
 #include "memory.h"
 #include "vec.h"
 
@@ -235,6 +236,40 @@ void forward_any(const Shape s, const void *x, const void *dt, const float *bias
   auto run = s.keys == 16 ? forward<T, 16> : s.keys == 8 ? forward<T, 8> : forward<T, 0>;
   run(s, (const T *)x, (const T *)dt, {bias}, A, B, C, D, state, starts, (T *)y, final_state, kept, int(threads));
 }
+
+}  // namespace
+
+// ---- one token in a program ----
+
+namespace {
+
+// Mamba: h = exp(dt A) h + dt x B^T, y = h C + D x for channels begin..end of row b; A [C K], state [B C K].
+// B and C are contiguous along K.
+void scan_step(int64_t b, int64_t begin, int64_t end, int64_t channels, int64_t keys, const Ref &x, const Ref &dt,
+                      const Ref &B, const Ref &C, const float *A, const float *D, float *state, const Ref &y) {
+  const float *in_b = B.at + b * B.stride[0], *out_c = C.at + b * C.stride[0];
+  for (int64_t c = begin; c < end; c++) {
+    const float value = x.at[b * x.stride[0] + c * x.stride[1]], step = dt.at[b * dt.stride[0] + c * dt.stride[1]];
+    float *h = state + (b * channels + c) * keys;
+    vf total{};
+    for (int64_t k = 0; k < keys; k += W) {
+      const int n = lanes(keys - k);
+      const vf decay = ev::exp(splat(step) * load(A + c * keys + k, n));
+      const vf now = decay * load(h + k, n) + (step * value) * load(in_b + k, n);
+      store(h + k, now, n);
+      total += now * load(out_c + k, n);
+    }
+    y.at[b * y.stride[0] + c * y.stride[1]] = sum(total) + (D ? D[c] * value : 0.0f);
+  }
+}
+
+void scan(const Instruction &i, Share share, const int64_t *) {
+  channel_runs(i.size[0], i.size[1], share, [&](int64_t b, int64_t begin, int64_t end) {
+    scan_step(b, begin, end, i.size[1], i.size[2], i.in[0], i.in[1], i.in[2], i.in[3], i.in[4].at, i.in[5].at, i.in[6].at,
+              i.out);
+  });
+}
+const Register scan_kind("scan", scan);
 
 }  // namespace
 

@@ -4,6 +4,7 @@
 // from x, a chunk of tokens at a time, and keeps the gradient of z of that chunk in the cache.
 #include <vector>
 
+#include "instruction.h"
 #include "memory.h"
 #include "vec.h"
 
@@ -223,6 +224,39 @@ struct Backward {
     memory.check();
   }
 };
+
+}  // namespace
+
+// ---- one token in a program ----
+
+namespace {
+
+// y = bias + sum_j weight_j window_j over the last W inputs, with SiLU where `silu`; the window moves on by one.
+// weight [W C], state [B W-1 C]; channels begin..end of row b.
+void conv_step(int64_t b, int64_t begin, int64_t end, int64_t channels, int64_t width, bool silu, const Ref &x,
+                      const float *weight, const float *bias, float *state, const Ref &y) {
+  float *window = state + b * (width - 1) * channels;
+  for (int64_t c = begin; c < end; c += W) {
+    const int n = lanes(end - c);
+    vf sum = bias ? load(bias + c, n) : vf{};
+    for (int64_t j = 0; j + 1 < width; j++) {
+      const vf old = load(window + j * channels + c, n);
+      sum += old * load(weight + j * channels + c, n);
+      if (j) store(window + (j - 1) * channels + c, old, n);
+    }
+    const vf in = load(x.at + b * x.stride[0] + c * x.stride[1], x.stride[1], n);
+    sum += in * load(weight + (width - 1) * channels + c, n);
+    if (width > 1) store(window + (width - 2) * channels + c, in, n);
+    store(y.at + b * y.stride[0] + c * y.stride[1], y.stride[1], silu ? sum * sigmoid(sum) : sum, n);
+  }
+}
+
+void conv(const Instruction &i, Share share, const int64_t *) {
+  channel_runs(i.size[0], i.size[1], share, [&](int64_t b, int64_t begin, int64_t end) {
+    conv_step(b, begin, end, i.size[1], i.size[2], i.number[0], i.in[0], i.in[1].at, i.in[2].at, i.in[3].at, i.out);
+  });
+}
+const Register conv_kind("conv", conv);
 
 }  // namespace
 
