@@ -13,7 +13,7 @@ namespace {
 template <class T>
 int64_t decode(int64_t batch, int64_t slots, int64_t groups, int64_t shared, int64_t keys, int64_t values, const float *q,
                const void *new_k, const void *new_v, void *k, void *v, const int64_t *position, float *y, int64_t threads) {
-  const int64_t heads = groups * shared, step = AttentionRow<T>::space(heads, values);
+  const int64_t heads = groups * shared, step = AttentionRow<T>::space(heads, keys, values);
   std::vector<Cut> cuts(batch);
   std::vector<int64_t> rows, first(batch + 1);  // of every part: its row; of every row: its first part
   for (int64_t b = 0; b < batch; b++) {
@@ -59,8 +59,8 @@ extern "C" int64_t ev_attention_decode(int64_t half, int64_t batch, int64_t slot
 }
 
 // Numbers that a step of a program works on, for each row.
-extern "C" int64_t ev_attention_space(int64_t heads, int64_t values) {
-  return PARTS * AttentionRow<float>::space(heads, values);
+extern "C" int64_t ev_attention_space(int64_t heads, int64_t keys, int64_t values) {
+  return PARTS * AttentionRow<float>::space(heads, keys, values);
 }
 
 // ---- one token in a program ----
@@ -82,7 +82,7 @@ struct AttentionStep {
   int64_t slot(int64_t b) const { return ring ? position[b] % ring : position[b]; }
   Cut cut_of(int64_t b) const { return cut(ring ? std::min(position[b] + 1, ring) : position[b] + 1); }
   int64_t filled(int64_t b) const { return ring ? std::min(position[b] + 1, ring) : position[b] + 1; }
-  int64_t step() const { return AttentionRow<T>::space(heads(), values); }
+  int64_t step() const { return AttentionRow<T>::space(heads(), keys, values); }
 
   static void put(const Ref &from, int64_t b, int64_t width, int64_t groups, T *to) {
     for (int64_t g = 0; g < groups; g++)

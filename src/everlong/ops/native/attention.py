@@ -61,7 +61,7 @@ def lower_step(to: Lowering, out: Any, q: Tensor, k: Tensor, v: Tensor, scale: f
     tables = [to.table(state.k, after.k), to.table(state.v, after.v)]
     tokens, position = [to.lined(t) for t in (q, k, v)], to.advance(state.position, after.position)
     ring = 0 if to.grows(tables[0]) else state.k.shape[1]
-    space = Ref(Buffer(batch * count("ev_attention_space", heads, values)))
+    space = Ref(Buffer(batch * count("ev_attention_space", heads, keys, values)))
     kind, numbers, scalars = " of bf16" if half else "", [groups, ring], [keys**-0.5 if scale is None else scale]
     inputs, size = (*tokens, position, *tables, space), (batch, heads, keys, values)
     to.add("slots" + kind, size, space, *inputs, numbers=numbers, scalars=scalars, shared=True)

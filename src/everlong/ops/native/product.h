@@ -17,6 +17,13 @@ namespace ev {
 
 namespace product {
 
+// Memory that is read next, line by line: 8 KiB ahead into the first cache, 64 KiB ahead into the third. Streams of bf16
+// and int4 else wait for memory a tenth of the time; those of fp32 and int8 do not.
+inline void ahead(const void *line) {
+  __builtin_prefetch((const char *)line + (8 << 10));
+  __builtin_prefetch((const char *)line + (64 << 10), 0, 1);
+}
+
 // OUT outputs of ROWS rows; every sum runs over the inputs in the same order in every tile.
 template <class K, int OUT, int ROWS>
 inline void dots(const Product &p, const char *x, int64_t row_bytes, int64_t o, float *y, int64_t y_stride) {
@@ -28,7 +35,10 @@ inline void dots(const Product &p, const char *x, int64_t row_bytes, int64_t o, 
     EV_UNROLL
     for (int j = 0; j < OUT; j++) {
       weight[j] = K::weight(w + j * p.in + k);
-      __builtin_prefetch(w + OUT * (p.in + k) + j * K::STEP);  // the next tile, as it lies in memory
+      if (sizeof(*w) == 2)
+        ahead(w + OUT * k + j * K::STEP);  // as the tile lies in memory
+      else
+        __builtin_prefetch(w + OUT * (p.in + k) + j * K::STEP);  // the next tile
     }
     EV_UNROLL
     for (int r = 0; r < ROWS; r++) {
@@ -115,7 +125,7 @@ inline void int4_tile(const Product &p, const char *x, int64_t row_bytes, int64_
         const uint8_t *from = w + ((j * groups + g) * 4 + s) * 64;
         Int::Chunk first, second;
         Int::halves(from, first, second);
-        __builtin_prefetch(from + BLOCKS * groups * 256);
+        ahead(from);
         EV_UNROLL
         for (int r = 0; r < ROWS; r++) {
           const auto *in = (const Int::Digit *)((const char *)x0.digits + r * row_bytes) + GROUP * g + 8 * s;
