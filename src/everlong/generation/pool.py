@@ -342,11 +342,5 @@ def _stacked(parts: list[Any]) -> Any:
 
 def _sizes(rows: int) -> list[int]:
     """The programs that serve so many rows, each for as many: at most three more than there are in all."""
-    parts = -(-rows // MAX_ROWS)
-    each = -(-rows // (4 * parts)) * 4 if parts > 1 else rows
-    sizes = []
-    while rows > 0:
-        size = min(each, rows)
-        sizes.append(size if size <= 8 else -(-size // 4) * 4)
-        rows -= size
-    return sizes
+    whole, rest = divmod(rows, MAX_ROWS)  # full programs first: two halves would take a fifth more for each row
+    return [MAX_ROWS] * whole + ([rest if rest <= 8 else -(-rest // 4) * 4] if rest else [])
