@@ -226,6 +226,14 @@ class TestEngines:
         assert engines.Everlong(own, "bf16").nbytes == 2 * (read + decays)
         assert engines.Everlong(own, "int4").nbytes < engines.Everlong(own, "int8").nbytes < 2 * read
 
+    def test_bytes_of_histories(self):
+        """Keys and values of every token, or of the last ones; what recurrences keep is not counted."""
+        layers = [find("attention").Config(n_kv_heads=2), find("attention").Config(window=9), find("mamba2").Config()]
+        cfg = LanguageModel.Config(vocab_size=9, d_model=64, layers=tuple(Layer.Config(mixer=m) for m in layers))
+        model = cfg.build().float()
+        assert engines.history_bytes(model, 100) == 4 * (2 * 100 * 2 * 16) + 4 * (2 * 9 * 64) + 8
+        assert engines.history_bytes(model, 3) == 4 * (2 * 3 * 2 * 16) + (4 * (2 * 9 * 64) + 8) * 3 // 9
+
     @pytest.mark.float32("peers are compared in fp32")
     def test_integers_are_held_to_the_values_they_stand_for(self):
         engine = engines.Everlong(engines.randomized(CONFIGS["mamba"]), "int4")

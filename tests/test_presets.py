@@ -25,6 +25,8 @@ PUBLISHED = {
     "rwkv7-2.9b": 2_947_735_040,
     "recurrentgemma-2b": 2_682_862_080,
     "llama-124m": 123_568_896,
+    "griffin-200m": 182_920_192,  # these two are shapes of our own
+    "jamba-200m": 207_400_416,
 }
 
 

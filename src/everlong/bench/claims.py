@@ -21,6 +21,8 @@ DECODE = {
     ("int4", "llama.cpp Q4_0"): 1.5,
 }
 PREFILL_LENGTH, BATCH, SHORT, LONG = 2048, 16, 2048, 131072
+ATTENTION = ("llama", "griffin", "jamba")  # models with attention, which read keys and values beside their weights
+PEER, HISTORIES = 1.0, 0.75  # what is asked of them at every context
 READ_SHARE, BATCH_GAIN, SLOWDOWN, EXPONENT, MEMORY = 0.8, 5.0, 1.05, 0.05, 1.1
 SCAN_GAIN, SCAN_BOTH, LLAMA_GAIN, MAMBA_GAIN, LOGITS = 45.0, 3.5, 1.0, 100.0, 0.5
 
@@ -82,7 +84,7 @@ def _decode(rows: list[Row]) -> Iterator[Line]:
     shortest = min((row["context"] for row in ours), default=0)
     for row in ours:
         about = f"{row['model']} decode at {row['context']:,}, {row['weights']}"
-        if row["context"] == shortest:
+        if row["context"] == shortest or row["model"].startswith(ATTENTION):
             yield from _beside(row, about)
         if row.get("against_shortest") and row["context"] >= LONG:
             slower, other = row["against_shortest"]["slowdown"], row["against_shortest"]["context"]
@@ -91,12 +93,14 @@ def _decode(rows: list[Row]) -> Iterator[Line]:
 
 
 def _beside(row: Row, about: str) -> Iterator[Line]:
+    mixed = row["model"].startswith(ATTENTION)
     for (weights, other), least in DECODE.items():
         if row["weights"] == weights and other in row["ratios"]:
-            yield _at_least(f"{about}, against {other}", row["ratios"][other], least)
-    if row["weights"] in ("fp32", "bf16"):
+            yield _at_least(f"{about}, against {other}", row["ratios"][other], PEER if mixed else least)
+    if row["weights"] in ("fp32", "bf16") or mixed:
         share = {key: value * (1 if key == "rounds" else 100) for key, value in row["share_of_read"].items()}
-        claim, least = f"{about}: weights read, of the memory's limit", 100 * READ_SHARE
+        what, least = ("weights, keys and values", HISTORIES) if mixed else ("weights", READ_SHARE)
+        claim, least = f"{about}: {what} read, of the memory's limit", 100 * least
         yield _line(claim, f"≥ {least:g} %", share, share["median"] >= least, " %")
 
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .. import state as states
 from ..config import suggest
 from ..generation.decoder import Decoder
 from ..models.lm import LanguageModel
@@ -105,6 +106,19 @@ class Everlong(Engine):
         """Bytes of weights that every token reads: all of them, but for a table of embeddings that is not the head."""
         unread = 0 if self.model.head is None else weight_bytes(self.model.embedding)
         return weight_bytes(self.model) - unread
+
+
+def history_bytes(model: LanguageModel, length: int) -> int:
+    """Bytes of keys, values and other histories that the token after ``length`` others reads, for one row."""
+    total = 0
+    for block in (block for layer in model.layers for _, block in layer._blocks()):
+        empty = block.init_state(1)
+        if block.memory == "linear":
+            total += states.nbytes_after(empty, length) - states.nbytes(empty)
+        elif block.memory == "window":
+            slots = max(leaf.shape[1] for _, leaf, _ in states.leaves(empty) if leaf.dim() > 1)
+            total += states.nbytes(empty) * min(length, slots) // slots
+    return total
 
 
 def random_model(name: str, seed: int = 0) -> LanguageModel:

@@ -23,7 +23,7 @@ from .. import arguments
 from ..config import suggest
 from ..models.lm import LanguageModel
 from . import checks, clock, memory, peers, training
-from .engines import Engine, Everlong, Unavailable, randomized
+from .engines import Engine, Everlong, Unavailable, history_bytes, randomized
 from .limits import Limits
 
 Row = dict[str, Any]
@@ -262,15 +262,15 @@ def decode(rig: Rig, context: int, limits: Limits) -> list[Row]:
         row["tokens_per_second"] = clock.rates(laps[label], rig.plan.steps)
         row["latency_ms"] = clock.latencies(laps[label])
         if rig.ours and label == rig.ours.label:
-            row.update(_beside(rig, rig.ours, laps, limits))
+            row.update(_beside(rig, rig.ours, laps, limits, context))
             if baseline:
                 row["against_shortest"] = {"context": first, "slowdown": clock.ratios(laps[baseline], laps[label])}
     return rows
 
 
-def _beside(rig: Rig, ours: Everlong, laps: dict[str, clock.Laps], limits: Limits) -> Row:
-    """Our decoding beside the peers' and the memory's limit."""
-    own, amount = laps[ours.label], ours.nbytes * rig.plan.steps
+def _beside(rig: Rig, ours: Everlong, laps: dict[str, clock.Laps], limits: Limits, context: int) -> Row:
+    """Our decoding beside the peers' and the memory's limit: weights, and the histories that a token reads."""
+    own, amount = laps[ours.label], (ours.nbytes + history_bytes(ours.model, context)) * rig.plan.steps
     rates = [amount / total for total in own.totals()]
     read = [PASSES * limits.buffer.nbytes / total for total in laps[LIMIT].totals()]
     return {

@@ -34,6 +34,16 @@ def _llama() -> Config:
     return families.model("llama", families.llama(n_heads=12, hidden=2048) * 12, vocab_size=50280, d_model=768)
 
 
+def _griffin_200m() -> Config:
+    unit = families.griffin(n_heads=8, hidden=3 * 1024, window=2049, head_dim=128)
+    return families.model("griffin", unit * 4, vocab_size=32000, d_model=1024)
+
+
+def _jamba_200m() -> Config:
+    unit = families.jamba(n_heads=16, hidden=2816, head_dim=64, d_state=64)
+    return families.model("jamba", unit * 3, vocab_size=32000, d_model=1024)
+
+
 PRESETS: dict[str, Callable[[], Config]] = {
     "mamba-130m": lambda: _mamba("mamba", 50280, 24, 768),
     "mamba-370m": lambda: _mamba("mamba", 50280, 48, 1024),
@@ -51,6 +61,8 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "rwkv7-2.9b": lambda: _rwkv7(32, 2560, 96, 96, 64, 320),
     "recurrentgemma-2b": _recurrent_gemma,
     "llama-124m": _llama,
+    "griffin-200m": _griffin_200m,  # not published: shaped like RecurrentGemma and Jamba, of a size to measure with
+    "jamba-200m": _jamba_200m,
 }
 
 
