@@ -18,9 +18,9 @@ from everlong.bench import checks, claims, clock, counts, engines, memory, model
 from everlong.bench.limits import Limits
 from everlong.bench.plan import models_plan, ops_plan
 from everlong.config import find
+from everlong.feedforward.channelmix import ChannelMix
 from everlong.mixers.base import spared
 from everlong.models.blocks import Layer, Norm, SwiGLU
-from everlong.models.channel_mix import ChannelMix
 from everlong.models.lm import LanguageModel
 from everlong.ops.cases import CASES, TIMED, Case
 from everlong.ops.dispatch import Impl

@@ -15,9 +15,9 @@ import torch
 
 from everlong import laws, numerics, state
 from everlong.config import find, mixer_names
+from everlong.feedforward.channelmix import ChannelMix
 from everlong.generation.decoder import Decoder
 from everlong.models.blocks import Layer, Norm, SwiGLU
-from everlong.models.channel_mix import ChannelMix
 from everlong.models.lm import LanguageModel
 from everlong.models.quantize import quantized
 from everlong.ops import native

@@ -10,10 +10,10 @@ from torch import nn
 from everlong import numerics
 from everlong import state as states
 from everlong.config import find, mixer_names
+from everlong.feedforward.channelmix import ChannelMix
 from everlong.generation.decoder import Decoder
 from everlong.mixers import base, rwkv7
 from everlong.models.blocks import Layer
-from everlong.models.channel_mix import ChannelMix
 from everlong.models.lm import LanguageModel
 from everlong.models.quantize import quantized
 from everlong.ops import native

@@ -18,10 +18,11 @@ ROOT = Path(everlong.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 CPP = sorted(path for path in ROOT.rglob("*") if path.suffix in (".cpp", ".h"))
 LEVELS = [
-    {"shapes", "arguments", "config", "files", "machine", "numerics", "tokenizer"},
+    {"shapes", "arguments", "kinds", "config", "files", "machine", "numerics", "tokenizer"},
     {"state"},
     {"ops"},
     {"mixers"},
+    {"feedforward"},
     {"models"},
     {"generation"},
     {"laws_aliasing"},

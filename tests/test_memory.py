@@ -10,8 +10,8 @@ import torch
 from everlong import machine
 from everlong.bench.memory import forget_peak, peak_bytes
 from everlong.config import find, mixer_names
+from everlong.feedforward.channelmix import ChannelMix
 from everlong.models.blocks import MLP, Layer, SwiGLU
-from everlong.models.channel_mix import ChannelMix
 from everlong.models.lm import LanguageModel
 from everlong.models.sizes import check_training, size
 from everlong.train import job as jobs

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from everlong.feedforward.channelmix import ChannelMix
 from everlong.mixers.base import Depth
 from everlong.mixers.delta_net import DeltaNet
 from everlong.mixers.gated_delta import GatedDelta
 from everlong.mixers.rwkv7 import RWKV7
-from everlong.models.channel_mix import ChannelMix
 from everlong.numerics import BOUNDS, assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the packages compared with

@@ -14,9 +14,9 @@ import everlong
 from everlong import cli, laws, numerics, state
 from everlong.checkpoints.stream import continue_text
 from everlong.config import find, mixer_names
+from everlong.feedforward.channelmix import ChannelMix
 from everlong.mixers import base
 from everlong.models.blocks import MLP, Layer, SwiGLU
-from everlong.models.channel_mix import ChannelMix
 from everlong.models.lm import LanguageModel
 from everlong.models.packed import PackedEmbedding, PackedLinear
 from everlong.models.quantize import places, quantized

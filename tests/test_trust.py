@@ -12,6 +12,7 @@ import torch
 
 import everlong
 from everlong import config as configs
+from everlong import kinds
 from everlong.config import Config, find, needs_trust, reading
 from everlong.mixers.gla import GLA
 from everlong.models.blocks import Layer, SwiGLU
@@ -61,8 +62,8 @@ def everlong_in(folder, *arguments, path=SOURCE):
 
 @pytest.fixture(autouse=True)
 def _forget(monkeypatch):
-    monkeypatch.setattr(configs, "_named", set())
-    monkeypatch.setattr(configs, "_folders", [])
+    monkeypatch.setattr(kinds, "_named", set())
+    monkeypatch.setattr(kinds, "_folders", [])
     yield
     for name in ("payload", "payload_pack", "payload_pack.boo"):
         sys.modules.pop(name, None)

@@ -9,10 +9,10 @@ from torch.nn.utils import parametrizations
 
 from everlong import laws
 from everlong.config import find, mixer_names
+from everlong.feedforward.channelmix import ChannelMix
 from everlong.generation.decoder import Decoder
 from everlong.mixers import base
 from everlong.models.blocks import MLP, Layer, SwiGLU
-from everlong.models.channel_mix import ChannelMix
 from everlong.models.lm import LanguageModel
 
 KINDS = [*(find(name) for name in mixer_names()), SwiGLU, MLP, ChannelMix]

@@ -1,72 +1,37 @@
 """Frozen configurations: plain data nested in the class it builds, to JSON and back without loss.
 
-``kind`` names the class in JSON: ``"mamba"`` for ``everlong/mixers/mamba.py``, ``"swiglu"`` for a block of
-``everlong/models/``, and ``"my_package.my_mixer"`` for a file of your own.
-
-Files are data: a kind that a file names outside of Everlong is refused, unless the caller says ``trust_code=True`` or
-has named that very module to ``find`` (as ``--mixer`` does). Whether it is imported already makes no difference.
+``kind`` names the class in JSON (``kinds.py``).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
-import importlib
-import inspect
 import json
-import sys
 import types
 import typing
-from collections.abc import Iterable, Iterator
-from contextvars import ContextVar
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
-import torch
 from typing_extensions import Self
 
 from .arguments import Bounds, check, shown
+from .kinds import find, import_from, is_own, kind_of, mixer_names, names, reading, source, suggest, trusted
 
-BLOCKS = ("everlong.models.blocks", "everlong.models.channel_mix")
-OURS = ("everlong.mixers.", "everlong.models.", "everlong.tasks.")  # where a file may find a class by its dotted path
+__all__ = [
+    "Config",
+    "dumps",
+    "find",
+    "import_from",
+    "kind_of",
+    "mixer_names",
+    "names",
+    "needs_trust",
+    "reading",
+    "suggest",
+]
+
 LARGEST = 2**63 - 1  # of the integers in a file
 LONGEST = 4096  # characters of its texts
-
-_named: set[str] = set()  # modules that the user named to ``find``
-_folders: list[str] = []  # looked in while a module of the user's own is imported
-
-
-class _Reading(NamedTuple):
-    trust_code: bool
-    source: str
-
-
-_ELSE = _Reading(False, "")  # outside of ``reading``
-_reading: ContextVar[_Reading] = ContextVar("reading", default=_ELSE)
-
-
-@contextlib.contextmanager
-def reading(source: str | Path, *, trust_code: bool = False) -> Iterator[None]:
-    """What is read inside comes from the file ``source``, which errors name; ``trust_code`` lets its kinds run code."""
-    token = _reading.set(_Reading(trust_code, str(source)))
-    try:
-        yield
-    finally:
-        _reading.reset(token)
-
-
-def import_from(folder: str) -> None:
-    """Look for dotted paths in ``folder`` too ("" is the current one): behind all else, only while one is imported."""
-    if folder not in _folders:
-        _folders.append(folder)
-
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'mamba'?"`` or a list of what exists, to close an error message with."""
-    names = sorted(known)
-    close = difflib.get_close_matches(str(name)[:100], names, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,7 +70,7 @@ class Config:
         A kind outside of Everlong is imported only with ``trust_code``, or where ``find`` was given its module before.
         """
         if trust_code:
-            with reading(_reading.get().source, trust_code=True):
+            with reading(source(), trust_code=True):
                 return cls.from_dict(data)
         if not isinstance(data, dict):
             raise ValueError(f"expected a configuration of {cls.__qualname__} as a mapping, got {shown(data)}")
@@ -114,7 +79,7 @@ class Config:
         if kind is None and cls.owner is None and not dataclasses.fields(cls):
             raise ValueError(f"no kind in {shown(data)}; say which it is, as in {{'kind': 'mamba', ...}}")
         if kind is not None and (cls.owner is None or kind_of(cls.owner) != kind):
-            found = _trusted(kind).Config
+            found = trusted(kind).Config
             if not (isinstance(found, type) and issubclass(found, cls)):
                 raise ValueError(f"kind {shown(kind)} is no {cls.__qualname__}, which is expected here")
             if found is not cls:
@@ -175,122 +140,15 @@ def _one_of(value: Any, options: tuple[Any, ...], name: str) -> Any:
     return _typed(value, given[-1], name)
 
 
-def kind_of(owner: type) -> str:
-    """The kind of a class: its file name in ``mixers/``, its own name in ``blocks``, else its dotted path."""
-    module = owner.__module__
-    if module.startswith("everlong.mixers."):
-        return module.rpartition(".")[2]
-    if module in BLOCKS:
-        return owner.__qualname__.lower()
-    return f"{module}:{owner.__qualname__}"
-
-
-def mixer_names() -> list[str]:
-    """The architectures in ``mixers/``: the file names are the registry."""
-    folder = Path(__file__).parent / "mixers"
-    return sorted(path.stem for path in folder.glob("*.py") if path.stem not in ("__init__", "base"))
-
-
-def find(kind: str) -> Any:
-    """The class of a kind. ``ValueError`` with a suggestion where there is none.
-
-    A dotted path is imported; naming it here is consent, so that files may name that module from now on.
-    """
-    found = _class_of(kind)
-    _named.add(kind.partition(":")[0])
-    return found
-
-
-def _trusted(kind: Any) -> Any:
-    """``find`` for a kind that a file names: code that is not Everlong's is imported only with consent."""
-    if isinstance(kind, str) and _is_own(kind):
-        module = kind.partition(":")[0]
-        trust_code, source = _reading.get()
-        if not (trust_code or module in _named):
-            raise ValueError(
-                f"{source + ': ' if source else ''}kind {shown(kind)} is code of the module {shown(module)}, which is "
-                "not part of Everlong; it was not imported. Where you trust that code, say so: trust_code=True, "
-                "or --trust-code on the command line"
-            )
-    return _class_of(kind)
-
-
-def _is_own(kind: str) -> bool:
-    """Whether a kind is code of the user's own."""
-    module, colon, _ = kind.partition(":")
-    dotted = ("." in module or colon) and all(part.isidentifier() for part in module.split("."))
-    return bool(dotted) and not module.startswith(OURS)
-
-
 def needs_trust(config: Config) -> bool:
     """Whether a file with this configuration is read only with ``trust_code``."""
     level: list[Any] = [config]
     while level:
-        if any(isinstance(item, Config) and item.owner is not None and _is_own(item.kind) for item in level):
+        if any(isinstance(item, Config) and item.owner is not None and is_own(item.kind) for item in level):
             return True
         inner = [list(vars(item).values()) if isinstance(item, Config) else item for item in level]
         level = [value for items in inner for value in items if isinstance(value, (Config, tuple, list))]
     return False
-
-
-def _class_of(kind: Any) -> Any:
-    if not isinstance(kind, str):
-        raise ValueError(f"kind must be a name, got {shown(kind)}")
-    module_name, _, class_name = kind.partition(":")
-    if module_name.endswith(".py"):
-        path = module_name[:-3].strip("/").replace("/", ".")
-        raise ValueError(f"{shown(kind)} is a file, expected a dotted path: {path}:ClassName, from the folder it is in")
-    if "." in module_name or class_name:
-        return _find_in(_imported(module_name), class_name, kind)
-    if kind in mixer_names():
-        return _find_in(importlib.import_module(f"everlong.mixers.{kind}"), "", kind)
-    blocks = {kind_of(block): block for name in BLOCKS for block in _modules_in(importlib.import_module(name))}
-    if kind not in blocks:
-        known = [*mixer_names(), *(name for name, block in blocks.items() if hasattr(block, "memory"))]
-        raise ValueError(
-            f"no mixer or block {shown(kind)}{suggest(kind, known)} "
-            "(your own: a dotted path, my_package.my_mixer; a single file, my_mixer:ClassName)"
-        )
-    return blocks[kind]
-
-
-def _imported(name: str) -> types.ModuleType:
-    if not all(part.isidentifier() for part in name.split(".")):
-        raise ValueError(f"{shown(name)} is no dotted path; expected one like my_package.my_mixer")
-    folders = list(_folders)
-    sys.path.extend(folders)
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"cannot import {shown(name)} ({error}); run from the folder that holds it, or put that on PYTHONPATH"
-        ) from error
-    finally:
-        for folder in folders:
-            if folder in sys.path:
-                del sys.path[len(sys.path) - 1 - sys.path[::-1].index(folder)]  # the one at the end
-
-
-def _modules_in(module: types.ModuleType) -> list[type]:
-    return [
-        cls
-        for _, cls in inspect.getmembers(module, inspect.isclass)
-        if cls.__module__ == module.__name__ and issubclass(cls, torch.nn.Module) and "Config" in vars(cls)
-    ]
-
-
-def _find_in(module: types.ModuleType, class_name: str, kind: str) -> Any:
-    found = {cls.__name__: cls for cls in _modules_in(module)}
-    if class_name:
-        if class_name not in found:
-            raise ValueError(f"{module.__name__} defines no {class_name!r}{suggest(class_name, found)}")
-        return found[class_name]
-    if len(found) != 1:
-        raise ValueError(
-            f"{kind} defines {len(found)} classes with a Config ({', '.join(found) or 'none'}), expected one; "
-            f"name the one you mean as '{kind}:ClassName'"
-        )
-    return next(iter(found.values()))
 
 
 def dumps(config: Config) -> str:

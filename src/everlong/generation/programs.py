@@ -264,7 +264,8 @@ def programs(model: LanguageModel) -> Programs:
         kept = vars(model).setdefault("_programs", Kept())
         if kept.programs is None or not _unchanged(kept.marks, _marks(model)):
             kept.programs, marks = Programs(model), _marks(model)
-            kept.marks = (*marks[:-1], [tensor.detach().clone() for tensor in marks[-1]])
+            values = marks[-1] if kept.programs.reason is None else []  # what runs in Python reads them as they are
+            kept.marks = (*marks[:-1], [tensor.detach().clone() for tensor in values])
         return kept.programs
 
 

@@ -1,7 +1,7 @@
-"""What stands around the mixers: norms, feed-forward blocks, and the residual layer.
+"""What stands around the mixers and feed-forward blocks: norms, and the residual layer.
 
-A feed-forward block obeys the contract of a mixer, ``(x, state) -> (y, state)``; one without memory has
-the empty tuple as its state. A layer is ``x + mixer(norm(x))``, then optionally ``x + mlp(norm(x))``.
+A feed-forward block (``feedforward/``) obeys the contract of a mixer, ``(x, state) -> (y, state)``; one without memory
+has the empty tuple as its state. A layer is ``x + mixer(norm(x))``, then optionally ``x + mlp(norm(x))``.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from torch import Tensor, nn
 
 from .. import config
 from ..config import suggest
+from ..feedforward.base import FeedForward
+from ..feedforward.mlp import MLP
+from ..feedforward.swiglu import SwiGLU
 from ..mixers import base
-from ..ops.gate import ACTIVATIONS, check_activation, gate
-from ..ops.linear import Linear
 from ..ops.norm import STYLES, norm
+
+__all__ = ["MLP", "FeedForward", "Layer", "Norm", "SwiGLU", "pattern"]
 
 
 class Norm(nn.Module):
@@ -25,6 +28,8 @@ class Norm(nn.Module):
 
     Computed at least in the dtype of x (fp32 for an fp32 residual), returned in the dtype of the weights.
     """
+
+    KIND = "norm"
 
     @dataclass(frozen=True, kw_only=True)
     class Config(config.Config):
@@ -52,102 +57,10 @@ class Norm(nn.Module):
 Norm.Config.owner = Norm
 
 
-class FeedForward(base.Mixer):
-    """Base of blocks that treat every token alone and keep nothing."""
-
-    memory = "none"
-
-    def init_state(self, batch: int) -> tuple[()]:
-        """Nothing is kept."""
-        return ()
-
-    def forward(self, x: Tensor, state: Any = None, *, starts: Tensor | None = None) -> tuple[Tensor, tuple[()]]:
-        """x [B T D] -> y [B T D], ()."""
-        self.begin(x, state, starts)
-        return self.transform(x), ()
-
-    def step(self, x: Tensor, state: Any) -> tuple[Tensor, tuple[()]]:
-        """x [B D] -> y [B D], ()."""
-        return self.transform(x), ()
-
-    def transform(self, x: Tensor) -> Tensor:
-        """The function applied to every token: [... D] -> [... D]."""
-        raise NotImplementedError
-
-
-def _hidden(cfg: Any, d_model: int) -> int:
-    """The inner width: given, or ``expand * D`` rounded up to a multiple of 8."""
-    return cfg.hidden or -(-int(cfg.expand * d_model) // 8) * 8
-
-
-@torch.no_grad()
-def _initialise(inner: nn.Linear, outer: nn.Linear, depth: base.Depth) -> None:
-    for linear in (inner, outer):
-        nn.init.normal_(linear.weight, std=0.02)
-        if linear.bias is not None:
-            nn.init.zeros_(linear.bias)
-    outer.weight.mul_((2 * depth.total) ** -0.5)
-
-
-class SwiGLU(FeedForward):
-    """Gated feed-forward:  ``W_2 (act(W_g x) * W_1 x)``  (Shazeer, arXiv 2002.05202)."""
-
-    @dataclass(frozen=True, kw_only=True)
-    class Config(base.Config):
-        """Inner width ``hidden``, or ``expand * D``; ``activation`` silu, sigmoid, gelu, gelu_tanh or relu2."""
-
-        expand: float = 8 / 3
-        hidden: int | None = None
-        activation: str = "silu"
-        bias: bool = False
-
-        def __post_init__(self) -> None:
-            super().__post_init__()
-            check_activation(self.activation)
-
-    def __init__(self, cfg: Config, d_model: int, depth: base.Depth = base.Depth()) -> None:
-        super().__init__(cfg, d_model, depth)
-        hidden = _hidden(cfg, d_model)
-        self.in_proj = Linear(d_model, 2 * hidden, bias=cfg.bias)  # gate, then value
-        self.out_proj = Linear(hidden, d_model, bias=cfg.bias)
-        _initialise(self.in_proj, self.out_proj, depth)
-
-    def transform(self, x: Tensor) -> Tensor:
-        """[... D] -> [... D]."""
-        z, value = self.in_proj(x).chunk(2, dim=-1)
-        return self.out_proj(gate(value, z, activation=self.cfg.activation))
-
-
-class MLP(FeedForward):
-    """Plain feed-forward:  ``W_2 act(W_1 x)``."""
-
-    @dataclass(frozen=True, kw_only=True)
-    class Config(base.Config):
-        """Inner width ``hidden``, or ``expand * D``; ``activation`` silu, sigmoid, gelu, gelu_tanh or relu2."""
-
-        expand: float = 4.0
-        hidden: int | None = None
-        activation: str = "gelu"
-        bias: bool = True
-
-        def __post_init__(self) -> None:
-            super().__post_init__()
-            check_activation(self.activation)
-
-    def __init__(self, cfg: Config, d_model: int, depth: base.Depth = base.Depth()) -> None:
-        super().__init__(cfg, d_model, depth)
-        hidden = _hidden(cfg, d_model)
-        self.in_proj = Linear(d_model, hidden, bias=cfg.bias)
-        self.out_proj = Linear(hidden, d_model, bias=cfg.bias)
-        _initialise(self.in_proj, self.out_proj, depth)
-
-    def transform(self, x: Tensor) -> Tensor:
-        """[... D] -> [... D]."""
-        return self.out_proj(ACTIVATIONS[self.cfg.activation](self.in_proj(x)))
-
-
 class Layer(nn.Module):
     """``x + mixer(norm(x))``, then ``x + mlp(norm(x))`` where there is an mlp. State: a pair of their states."""
+
+    KIND = "layer"
 
     @dataclass(frozen=True, kw_only=True)
     class Config(config.Config):

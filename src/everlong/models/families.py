@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ..config import find, suggest
+from ..feedforward.channelmix import ChannelMix
 from .blocks import Layer, Norm, SwiGLU
-from .channel_mix import ChannelMix
 from .lm import LanguageModel
 
 Unit = tuple[Layer.Config, ...]  # the layers that are repeated

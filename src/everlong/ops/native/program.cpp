@@ -1,7 +1,8 @@
 // A recorded program of one token: instructions over buffers that stay where they are, replayed by one call.
 //
 // All threads walk the same list. A small instruction is done by thread 0 alone, a large one by all; the threads meet
-// at a barrier before and after every shared instruction, so that a run of small ones costs no meeting at all. What the
+// at a barrier before an instruction that needs what others have done since they last met (program.py finds these), so
+// that a run of small ones costs no meeting at all, nor do products of one input. What the
 // instructions do stands in the files of their ops, which register them (instruction.h).
 #include <sched.h>
 
@@ -19,6 +20,8 @@ inline int omp_get_num_threads() { return 1; }
 using namespace ev;
 
 namespace {
+
+enum Flags : int64_t { SHARED = 1, MEETS = 2 };  // as in program.py
 
 std::vector<InstructionKind> &kinds() {  // made on first use: the files that register come in any order
   static std::vector<InstructionKind> all;
@@ -86,15 +89,15 @@ int64_t ev_program_run(const Instruction *program, int64_t length, const int64_t
     const auto fetch_after = [&](int64_t i) {  // the thread's part of the first weights behind instruction i
       do i++;
       while (i < length && !kind[program[i].code].reads);
-      if (i == length || !(program[i].shared || id == 0)) return;
-      next.begin(kind[program[i].code].reads(program[i], program[i].shared ? Share{id, threads} : Share{0, 1}));
+      if (i == length || !(program[i].shared & SHARED || id == 0)) return;
+      next.begin(kind[program[i].code].reads(program[i], program[i].shared & SHARED ? Share{id, threads} : Share{0, 1}));
     };
     fetch_after(-1);
     for (int64_t i = 0; i < length; i++) {
-      const bool shared = program[i].shared;
+      const bool shared = program[i].shared & SHARED;
       if (shared || id == 0) kind[program[i].code].perform(program[i], shared ? Share{id, threads} : Share{0, 1}, tokens);
       if (kind[program[i].code].reads) fetch_after(i);
-      if (i + 1 < length && (shared || program[i + 1].shared)) barrier.meet(threads, [&] { return next.piece(); });
+      if (i + 1 < length && (program[i + 1].shared & MEETS)) barrier.meet(threads, [&] { return next.piece(); });
     }
   }
   return 0;

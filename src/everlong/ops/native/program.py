@@ -22,6 +22,41 @@ from . import call, count, kinds, waiting
 ALIGN = 16  # floats between the beginnings of two buffers
 
 
+MEETS = 2  # beside 1 for shared: threads meet before the instruction
+READERS = {"embed", "prepare", "product", "matmul", "sum", "mean", "max", "norm"}  # they write nothing but ``out``
+READERS |= {
+    "copy",
+    "neg",
+    "abs",
+    "exp",
+    "expm1",
+    "log",
+    "log1p",
+    "sqrt",
+    "rsqrt",
+    "reciprocal",
+    "sigmoid",
+    "silu",
+    "tanh",
+}
+READERS |= {
+    "gelu",
+    "gelu_tanh",
+    "relu",
+    "softplus",
+    "log_sigmoid",
+    "elu",
+    "sin",
+    "cos",
+    "not",
+    "power",
+    "clamp",
+    "rotate",
+}
+READERS |= {"add", "sub", "mul", "div", "maximum", "minimum", "lt", "le", "gt", "ge", "eq", "ne", "and", "or", "where"}
+READERS |= {"addcmul"}
+
+
 class _CRef(ctypes.Structure):
     _fields_ = [("at", ctypes.c_void_p), ("stride", ctypes.c_int64 * 4)]
 
@@ -129,8 +164,9 @@ class Program:
             Buffer | None, list[tuple[int, int]]
         ] = {}  # word of the list, and bytes behind a buffer (None:
         encoded = (_CInstruction * max(1, len(self.instructions)))()  # the arena) that belong there
-        for index, instruction in enumerate(self.instructions):
+        for index, (instruction, meets) in enumerate(zip(self.instructions, _meetings(self.instructions), strict=True)):
             self._encode(encoded[index], index * WORDS, instruction)
+            encoded[index].shared |= MEETS * meets
         self.encoded = torch.frombuffer(encoded, dtype=torch.int64).clone()
         self.places = {
             buffer: torch.tensor(spots, dtype=torch.int64, device="cpu").unbind(1)
@@ -204,6 +240,56 @@ class Instance:
             self.program.rows or tokens.numel(),
             1 if waiting.look() else torch.get_num_threads(),  # threads meet often: not on cores that others want
         )
+
+
+class _Access:
+    """Memory that instructions since the last meeting of threads have read or written."""
+
+    def __init__(self) -> None:
+        self.read: list[tuple[Any, int, int]] = []
+        self.written: list[tuple[Any, int, int]] = []
+
+    def add(self, other: _Access) -> None:
+        self.read += other.read
+        self.written += other.written
+
+    def conflicts(self, other: _Access) -> bool:
+        """Does one write what the other reads or writes?"""
+        pairs = [(self.written, other.read), (self.written, other.written), (self.read, other.written)]
+        return any(_overlap(a, b) for mine, theirs in pairs for a in mine for b in theirs)
+
+
+def _overlap(a: tuple[Any, int, int], b: tuple[Any, int, int]) -> bool:
+    return a[0] is b[0] and a[1] < b[2] and b[1] < a[2]
+
+
+def _access(instruction: Instruction) -> _Access:
+    """What an instruction reads and writes; constants are never written."""
+    found = _Access()
+    for ref in (instruction.out, *instruction.inputs):
+        if ref is None or ref.buffer.given is not None:
+            continue
+        buffer = ref.buffer
+        span = (None, buffer.offset, buffer.offset + buffer.numbers) if buffer.in_arena else (buffer, 0, 1)
+        read_only = ref is not instruction.out and instruction.name in READERS
+        (found.read if read_only else found.written).append(span)
+    return found
+
+
+def _meetings(instructions: Sequence[Instruction]) -> list[bool]:
+    """Before which instructions threads must meet: where one needs what others have written since they last met.
+
+    What one thread does alone (not ``shared``) is in order for itself; what all share is in order for nobody.
+    """
+    alone, together, meets = _Access(), _Access(), []
+    for instruction in instructions:
+        own = _access(instruction)
+        before = [together, alone] if instruction.shared else [together]
+        meets.append(any(own.conflicts(other) for other in before))
+        if meets[-1]:
+            alone, together = _Access(), _Access()
+        (together if instruction.shared else alone).add(own)
+    return meets
 
 
 def code(name: str) -> int:
