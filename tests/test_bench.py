@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from everlong import cli, numerics
-from everlong.bench import checks, claims, clock, counts, engines, memory, models, ops, peers, results, run, training
+from everlong.bench import checks, claims, clock, engines, memory, models, ops, peers, results, run, training
 from everlong.bench.limits import Limits
 from everlong.bench.plan import models_plan, ops_plan
 from everlong.config import find
@@ -23,7 +23,7 @@ from everlong.mixers.base import spared
 from everlong.models.blocks import Layer, Norm, SwiGLU
 from everlong.models.lm import LanguageModel
 from everlong.ops.cases import CASES, TIMED, Case
-from everlong.ops.dispatch import Impl
+from everlong.ops.dispatch import Impl, Table
 from everlong.report import bench as report
 
 FAST = clock.Pace(seconds=60.0, least=2, most=2)
@@ -121,12 +121,13 @@ class TestOps:
             assert row["ms"]["min"] <= row["ms"]["median"] <= row["ms"]["max"] and row["gflops"] > 0 and row["gbs"] > 0
 
     def test_every_op_is_counted(self):
-        assert set(counts.OPERATIONS) == set(ops.modules())
-        assert counts.operations("no such op", {}, backward=False) is None
-        case = TIMED[0]
-        given = ops.modules()["selective_scan"].inputs(case.but(variant="no D"))
-        assert counts.operations("selective_scan", given, backward=False) == 2048 * 1536 * (16 * 7 + 1)
-        assert counts.operations("selective_scan", given, backward=True) == 3 * 2048 * 1536 * (16 * 7 + 1)
+        module = ops.modules()["selective_scan"]
+        given = module.inputs(TIMED[0].but(variant="no D"))
+        assert module.selective_scan.operations(given) == 2048 * 1536 * (16 * 7 + 1)
+        item = next(item for item in ops.items(ops.OpsPlan(ops=("selective_scan",), cases=(TINY,))))
+        rows = ops.time_item(item, ops.OpsPlan(dtypes=("fp32",), pace=FAST))
+        ahead, both = ([row["gflops"] * row["ms"]["median"] for row in rows if row["pass"] == p] for p in ops.PASSES)
+        assert both == pytest.approx([3 * work for work in ahead])
 
     def break_op(self, monkeypatch, spoil):
         """selective_scan's torch form, spoilt."""
@@ -137,8 +138,8 @@ class TestOps:
             y, state = right(**inputs)
             return spoil(y), state
 
-        table = tuple(Impl("torch", wrong) if row.name == "torch" else row for row in module.TABLE)
-        monkeypatch.setattr(module, "TABLE", table)
+        rows = (Impl("torch", wrong) if row.name == "torch" else row for row in module.TABLE)
+        monkeypatch.setattr(module, "TABLE", Table("selective_scan", *rows, sequence=module.SEQUENCE))
         plan = ops.OpsPlan(ops=("selective_scan",), cases=(TINY,), dtypes=("fp32",), pace=FAST)
         rows = [row for row in ops.time_item(ops.items(plan)[0], plan) if row["backend"] == "torch"]
         return {row["pass"]: row for row in rows}
@@ -166,7 +167,7 @@ class TestOps:
     def test_a_form_that_refuses_says_why(self, monkeypatch):
         module = ops.modules()["short_conv"]
         picky = Impl("picky", module.TABLE[0].run, lambda **inputs: "it is Sunday")
-        monkeypatch.setattr(module, "TABLE", (picky, *module.TABLE))
+        monkeypatch.setattr(module, "TABLE", Table("short_conv", picky, *module.TABLE, sequence=module.SEQUENCE))
         plan = ops.OpsPlan(ops=("short_conv",), cases=(TINY,), dtypes=("fp32",), pace=FAST)
         rows = [row for row in ops.time_item(ops.items(plan)[0], plan) if row["backend"] == "picky"]
         assert [(row["status"], row["reason"]) for row in rows] == [("refused", "it is Sunday")] * 2
@@ -187,6 +188,7 @@ class TestOps:
         )
         subject = ops.Subject.__new__(ops.Subject)
         subject.item, subject.complex, subject.recurrent = item, False, True
+        subject.op = ops.modules()["linear_attention"].linear_attention
         subject.truth = [torch.zeros(1), torch.zeros(2, 256, 256)]
         assert subject.graph_bytes(4096, 4) == 6 * 4 * 2 * 256 * 256 * 4096 > ops.GRAPH
 

@@ -20,8 +20,8 @@ from .. import arguments, ops
 from ..config import suggest
 from ..numerics import BOUNDS, TOLERANCE
 from ..ops.cases import CASES, TIMED, Case
-from ..ops.dispatch import Impl
-from . import clock, counts
+from ..ops.dispatch import Impl, Op
+from . import clock
 from .checks import Verdict, compare, gradients, is_real, outputs_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -29,6 +29,7 @@ SLOPES = BOUNDS["fp32 gradient"]  # least tolerance of a gradient: sums over all
 GRAPH = 2**31  # bytes that the graph of a reference may hold; beyond, only its forward pass is timed
 CHECKED = 2**30  # the same for checking gradients, which takes as many of the first tokens as fit
 PASSES = ("forward", "forward+backward")
+BACKWARD = 2  # a backward pass counts as two forward passes: a product has two factors to differentiate
 Row = dict[str, Any]
 
 
@@ -128,7 +129,7 @@ class Subject:
 
     def __init__(self, item: Item) -> None:
         self.item, self.module = item, modules()[item.op]
-        self.op: Callable[..., Any] = getattr(self.module, item.op)
+        self.op: Op[..., Any] = getattr(self.module, item.op)
         self.recurrent = hasattr(self.module, "SEQUENCE")  # else a gate or a norm, of all channels and without a state
         case = item.case.but(dtype=torch.float64)
         if not self.recurrent:
@@ -196,11 +197,9 @@ class Subject:
         return self._slopes
 
     def graph_bytes(self, time: int, itemsize: int) -> float:
-        """Roughly what the graph of the reference holds after ``time`` tokens: a few states, or scores, per token."""
-        if self.item.op == "attention":
-            return 4.0 * itemsize * self.inputs["q"].shape[0] * self.inputs["q"].shape[2] * time**2
-        if self.item.op == "long_conv":  # its state is the whole text, of which each token keeps a view
-            return 8.0 * itemsize * self.inputs["x"].numel()
+        """Roughly what the graph of the reference holds after ``time`` tokens: a few states a token, unless it says."""
+        if self.op.graph is not None:
+            return itemsize * self.op.graph(self.part(time))
         if not self.recurrent:
             return 8.0 * itemsize * time * self.truth[0][:, 0].numel()
         held = sum(x.numel() for x in self.truth[1:]) * (2 if self.complex else 1)
@@ -272,8 +271,8 @@ def _time_pass(
         rows.append(row)
     laps = clock.interleave(contenders, pace)
     given = subject.cast(kind)
-    work = counts.operations(subject.item.op, given, backward=backward)
-    moved = counts.traffic(
+    work = subject.op.operations(given) * (1 + BACKWARD * backward)
+    moved = _traffic(
         given,
         [x if x.is_complex() else x.to(kind) for x in subject.per_token(subject.truth)],
         backward=backward,
@@ -316,11 +315,18 @@ def _refusal(subject: Subject, form: Impl, dtype: torch.dtype, *, backward: bool
     return None
 
 
-def _figures(form: str, laps: dict[str, clock.Laps], work: float | None, moved: float) -> Row:
+def _traffic(inputs: dict[str, Any], outputs: list[Tensor], *, backward: bool) -> float:
+    """Bytes that must be moved: inputs read and outputs written; backward reads both again and writes gradients."""
+    given = sum(x.nbytes for x in inputs.values() if isinstance(x, Tensor))
+    made = sum(x.nbytes for x in outputs)
+    return float(3 * given + 2 * made if backward else given + made)
+
+
+def _figures(form: str, laps: dict[str, clock.Laps], work: float, moved: float) -> Row:
     """Times, rates and, where the reference was timed, how many times faster this form is."""
     own = laps[form]
     found: Row = {"ms": clock.spread([1000 * total for total in own.totals()])}
-    found["gflops"] = None if work is None else work / 1e6 / found["ms"]["median"]
+    found["gflops"] = work / 1e6 / found["ms"]["median"]
     found["gbs"] = moved / 1e6 / found["ms"]["median"]
     found["against"] = {other: clock.ratios(own, laps[other]) for other in laps if other != form}
     return found

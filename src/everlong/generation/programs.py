@@ -26,7 +26,7 @@ from ..mixers import base
 from ..models.blocks import Layer
 from ..models.lm import LanguageModel
 from ..ops import native
-from ..ops.dispatch import named
+from ..ops.dispatch import backend, named
 from ..ops.native import guards
 from ..ops.native.guards import Unsupported
 from .memory import Memory
@@ -63,7 +63,7 @@ class Programs:
         """The recording for so many rows; None, and a ``reason``, where there can be none."""
         with self._lock:
             if self.reason is None and rows not in self._kept:
-                with torch.inference_mode(False), torch.no_grad():
+                with torch.inference_mode(False), torch.no_grad(), backend(None):  # kernels would hide what is recorded
                     self.reason = self._make(model, rows)
                 if self.reason is not None:
                     self.epoch, self._kept = self.epoch + 1, {}

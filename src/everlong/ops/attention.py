@@ -13,7 +13,7 @@ Sources: arXiv 1706.03762 eq. 1; 2305.13245 (grouped queries); 2310.06825 sec. 2
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -275,14 +275,29 @@ def _take(x: Tensor, index: Tensor, valid: Tensor) -> Tensor:
     return torch.where(valid[..., None, None], picked, 0.0)
 
 
+def operations(inputs: dict[str, Any]) -> float:
+    """The scores, their softmax and the sum of values, for the pairs of query and key that are in the window."""
+    (batch, time, heads, keys), values = inputs["q"].shape, inputs["v"].shape[-1]
+    window = min(inputs.get("window") or time, time)
+    pairs = time * window - window * (window - 1) / 2
+    return float(batch * heads * pairs * (2 * keys + 2 * values + 3))
+
+
+def graph(inputs: dict[str, Any]) -> float:
+    """A few scores for each pair of tokens."""
+    batch, time, heads, _ = inputs["q"].shape
+    return 4.0 * batch * heads * time**2
+
+
 TABLE = dispatch.Table(
     "attention",
     dispatch.Impl("torch", attention_chunk),
     dispatch.Impl("reference", attention_reference),
+    sequence=SEQUENCE,
 )
 
 
-@dispatch.op(TABLE, step=attention_step)
+@dispatch.op(TABLE, step=attention_step, operations=operations, graph=graph)
 def attention(
     q: Tensor,
     k: Tensor,
@@ -309,7 +324,7 @@ def attention(
     if state is not None:
         _check(state, k, v, window)
     inputs = dict(q=q, k=k, v=v, window=window, scale=scale, state=state, starts=starts)
-    return dispatch.run(TABLE, inputs, backend, SEQUENCE)
+    return dispatch.run(TABLE, inputs, backend)
 
 
 def _check(state: Cache, k: Tensor, v: Tensor, window: int | None) -> None:

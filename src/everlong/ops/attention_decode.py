@@ -63,6 +63,12 @@ def with_room(x: Tensor, slots: int) -> Tensor:
     return x if x.shape[1] >= slots else F.pad(x, [0, 0, 0, 0, 0, max(slots * 3 // 2, 16) - x.shape[1]])
 
 
+def operations(inputs: dict[str, Any]) -> float:
+    """Scores, their softmax and the sum of values, over all slots of the cache."""
+    (batch, heads, keys), (slots, values) = inputs["q"].shape, (inputs["state"].k.shape[1], inputs["v"].shape[-1])
+    return float(batch * heads * slots * (2 * keys + 2 * values + 3))
+
+
 TABLE = dispatch.Table(
     "attention_step_",
     dispatch.Impl("native", step_native, native.refuse),
@@ -71,7 +77,7 @@ TABLE = dispatch.Table(
 )
 
 
-@dispatch.op(TABLE)
+@dispatch.op(TABLE, operations=operations)
 def attention_step_(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, state: Cache, backend: str | None = None
 ) -> tuple[Tensor, Cache]:

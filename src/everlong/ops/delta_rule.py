@@ -14,6 +14,8 @@ Sources: arXiv 2406.06484 (WY form), arXiv 2412.06464 sec. 3 (gated), arXiv 2503
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -160,15 +162,22 @@ def _sweep(move: Tensor, add: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(entered, dim=2), state
 
 
+def operations(inputs: dict[str, Any]) -> float:
+    """A number of the state decays, is read along a, takes one product or two, and is read along q."""
+    written = 2 if inputs.get("b") is None else 4
+    return float(inputs["v"].numel() * inputs["q"].shape[-1] * (4 + written + (inputs.get("g") is not None)))
+
+
 TABLE = dispatch.Table(
     "delta_rule",
     dispatch.Impl("native", delta_rule_native, refuse),
     dispatch.Impl("torch", delta_rule_chunk),
     dispatch.Impl("reference", delta_rule_reference),
+    sequence=SEQUENCE,
 )
 
 
-@dispatch.op(TABLE, step=delta_rule_step)
+@dispatch.op(TABLE, step=delta_rule_step, operations=operations)
 def delta_rule(
     q: Tensor,
     k: Tensor,
@@ -195,7 +204,7 @@ def delta_rule(
     if state is None:
         state = q.new_zeros(batch, heads, keys, values, dtype=state_dtype(q))
     dims("q B T H K, v B T H V, state B H K V", q, v, state)
-    return dispatch.run(TABLE, dict(q=q, k=k, v=v, a=a, b=b, g=g, state=state, starts=starts), backend, SEQUENCE)
+    return dispatch.run(TABLE, dict(q=q, k=k, v=v, a=a, b=b, g=g, state=state, starts=starts), backend)
 
 
 def inputs(case: Case) -> dict[str, Tensor | None]:

@@ -184,15 +184,21 @@ def _totals(b: Tensor, decay: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
     return total, reach
 
 
+def operations(inputs: dict[str, Any]) -> float:
+    """An exponential, a product and a sum for each number."""
+    return float(inputs["b"].numel() * (10 if inputs["b"].is_complex() or inputs["g"].is_complex() else 3))
+
+
 TABLE = dispatch.Table(
     "diagonal_scan",
     dispatch.Impl("native", diagonal_scan_native, refuse),
     dispatch.Impl("torch", diagonal_scan_chunk),
     dispatch.Impl("reference", diagonal_scan_reference),
+    sequence=SEQUENCE,
 )
 
 
-@dispatch.op(TABLE, step=diagonal_scan_step)
+@dispatch.op(TABLE, step=diagonal_scan_step, operations=operations)
 def diagonal_scan(
     b: Tensor, g: Tensor, *, state: Tensor | None = None, starts: Tensor | None = None, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -212,7 +218,7 @@ def diagonal_scan(
             f"state has dtype {state.dtype}, b {b.dtype} and g {g.dtype}; "
             "the state must be complex where b or g is, and real otherwise"
         )
-    return dispatch.run(TABLE, dict(b=b, g=g, state=state, starts=starts), backend, SEQUENCE)
+    return dispatch.run(TABLE, dict(b=b, g=g, state=state, starts=starts), backend)
 
 
 def inputs(case: Case) -> dict[str, Tensor | None]:

@@ -11,6 +11,8 @@ Serves S4D. Source: arXiv 2206.11893, sec. 3.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -142,14 +144,20 @@ def _leaving(written: Tensor, enter: Tensor, powers: Tensor, time: int, keep: Te
     return (kept + added).transpose(0, 1).contiguous()
 
 
+def operations(inputs: dict[str, Any]) -> float:
+    """A complex product, an input and the real part of another product for each number of the state."""
+    return float(inputs["x"].numel() * inputs["g"].shape[1] * 11)
+
+
 TABLE = dispatch.Table(
     "diagonal_ssm",
     dispatch.Impl("torch", diagonal_ssm_chunk),
     dispatch.Impl("reference", diagonal_ssm_reference),
+    sequence=SEQUENCE,
 )
 
 
-@dispatch.op(TABLE, step=diagonal_ssm_step)
+@dispatch.op(TABLE, step=diagonal_ssm_step, operations=operations)
 def diagonal_ssm(
     x: Tensor,
     g: Tensor,
@@ -171,7 +179,7 @@ def diagonal_ssm(
             raise ValueError(f"{name} has dtype {tensor.dtype}, expected a complex one; make it with torch.complex")
     if state is None:
         state = x.new_zeros(batch, channels, size, dtype=state_dtype(x).to_complex())
-    return dispatch.run(TABLE, dict(x=x, g=g, w=w, state=state, starts=starts), backend, SEQUENCE)
+    return dispatch.run(TABLE, dict(x=x, g=g, w=w, state=state, starts=starts), backend)
 
 
 def inputs(case: Case) -> dict[str, Tensor | None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,11 @@ def gate_torch(x: Tensor, z: Tensor, *, activation: str) -> Tensor:
     return x.to(z.dtype) * ACTIVATIONS[activation](z)
 
 
+def operations(inputs: dict[str, Any]) -> float:
+    """Four for the activation, and a product."""
+    return float(5 * inputs["x"].numel())
+
+
 TABLE = dispatch.Table(
     "gate",
     dispatch.Impl("native", gate_native, refuse_gate, dispatch.avoid_few),
@@ -61,7 +67,7 @@ TABLE = dispatch.Table(
 )
 
 
-@dispatch.op(TABLE)
+@dispatch.op(TABLE, operations=operations)
 def gate(x: Tensor, z: Tensor, *, activation: str = "silu", backend: str | None = None) -> Tensor:
     """``x * act(z)`` in the dtype of z; x and z [...] of one shape.
 

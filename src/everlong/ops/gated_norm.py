@@ -7,6 +7,8 @@ Sources: arXiv 2405.21060 (Mamba-2), 2312.06635 (GLA).
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -40,6 +42,11 @@ def gated_norm_torch(x: Tensor, z: Tensor, *, weight: Tensor | None, eps: float,
     return y * F.silu(z).to(y.dtype)
 
 
+def operations(inputs: dict[str, Any]) -> float:
+    """A gate and a norm."""
+    return float(inputs["x"].numel() * (8 + (inputs.get("weight") is not None)))
+
+
 TABLE = dispatch.Table(
     "gated_norm",
     dispatch.Impl("native", gated_norm_native, refuse, dispatch.avoid_few),
@@ -48,7 +55,7 @@ TABLE = dispatch.Table(
 )
 
 
-@dispatch.op(TABLE)
+@dispatch.op(TABLE, operations=operations)
 def gated_norm(
     x: Tensor,
     z: Tensor,

@@ -11,6 +11,8 @@ Sources: arXiv 2006.16236 eq. 16-20; arXiv 2312.06635 sec. 4; arXiv 2405.21060 s
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -154,15 +156,23 @@ def _per_key(
     return heads_last(scores @ v + read @ before, length), state
 
 
+def operations(inputs: dict[str, Any]) -> float:
+    """A number of the state decays, takes a product, and is read by another."""
+    keys = inputs["q"].shape[-1]
+    per_state = 4 + (inputs.get("g") is not None) + 2 * (inputs.get("bonus") is not None) / inputs["v"].shape[-1]
+    return float(inputs["v"].numel() * keys * per_state)
+
+
 TABLE = dispatch.Table(
     "linear_attention",
     dispatch.Impl("native", linear_attention_native, refuse),
     dispatch.Impl("torch", linear_attention_chunk),
     dispatch.Impl("reference", linear_attention_reference),
+    sequence=SEQUENCE,
 )
 
 
-@dispatch.op(TABLE, step=linear_attention_step)
+@dispatch.op(TABLE, step=linear_attention_step, operations=operations)
 def linear_attention(
     q: Tensor,
     k: Tensor,
@@ -192,7 +202,7 @@ def linear_attention(
         state = q.new_zeros(batch, heads, keys, v.shape[-1], dtype=state_dtype(q))
     dims("q B T G K, v B T H V, state B H K V", q, v, state)
     inputs = dict(q=q, k=k, v=v, g=g, bonus=bonus, state=state, starts=starts)
-    y, state = dispatch.run(TABLE, inputs, backend, SEQUENCE)
+    y, state = dispatch.run(TABLE, inputs, backend)
     return (y if normalizer is None else y[..., :-1] / (y[..., -1:] + normalizer)), state
 
 

@@ -7,6 +7,7 @@ Used by Hyena (arXiv 2302.10866), and by S4 and its kin where they are trained a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -292,14 +293,27 @@ def _products(left: Tensor, right: Tensor) -> Tensor:
     return F.pad(slanted.unflatten(1, (half, 2 * half - 1)).sum(1), [1, 0])
 
 
+def operations(inputs: dict[str, Any]) -> float:
+    """Three real transforms: what an FFT needs, where the sum over all lags would take more."""
+    (batch, time, channels), lags = inputs["x"].shape, inputs["kernel"].shape[1]
+    length = 2 ** math.ceil(math.log2(time + lags))
+    return float(batch * channels * 3 * 2.5 * length * math.log2(length))
+
+
+def graph(inputs: dict[str, Any]) -> float:
+    """The state is the whole text, of which each token keeps a view."""
+    return 8.0 * inputs["x"].numel()
+
+
 TABLE = dispatch.Table(
     "long_conv",
     dispatch.Impl("torch", long_conv_chunk),
     dispatch.Impl("reference", long_conv_reference),
+    sequence=SEQUENCE,
 )
 
 
-@dispatch.op(TABLE, step=long_conv_step)
+@dispatch.op(TABLE, step=long_conv_step, operations=operations, graph=graph)
 def long_conv(
     x: Tensor, *, kernel: Tensor, state: History | None = None, starts: Tensor | None = None, backend: str | None = None
 ) -> tuple[Tensor, History]:
@@ -314,7 +328,7 @@ def long_conv(
     if state is None:
         state = History(x.new_zeros(batch, 0, channels))
     dims("x B T C, state.x B S C", x, state.x)
-    return dispatch.run(TABLE, dict(x=x, kernel=kernel, state=state, starts=starts), backend, SEQUENCE)
+    return dispatch.run(TABLE, dict(x=x, kernel=kernel, state=state, starts=starts), backend)
 
 
 def inputs(case: Case) -> dict[str, Tensor]:

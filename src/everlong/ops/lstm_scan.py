@@ -135,14 +135,20 @@ def _gradients(
     return grads.transpose(0, 1), drecurrent.view_as(recurrent), dstate
 
 
+def operations(inputs: dict[str, Any]) -> float:
+    """The recurrent map, and five for each of its outputs."""
+    return float(inputs["x"].numel() * (2 * inputs["recurrent"].shape[-1] + 5))
+
+
 TABLE = dispatch.Table(
     "lstm_scan",
     dispatch.Impl("torch", lstm_scan_fused, dispatch.when_traced),
     dispatch.Impl("reference", lstm_scan_reference),
+    sequence=SEQUENCE,
 )
 
 
-@dispatch.op(TABLE, step=lstm_scan_step)
+@dispatch.op(TABLE, step=lstm_scan_step, operations=operations)
 def lstm_scan(
     x: Tensor,
     *,
@@ -162,7 +168,7 @@ def lstm_scan(
     if state is None:
         state = x.new_zeros(batch, 2, width, dtype=state_dtype(x))
     dims("x B T 4 C, state B 2 C", x, state)
-    return dispatch.run(TABLE, dict(x=x, recurrent=recurrent, state=state, starts=starts), backend, SEQUENCE)
+    return dispatch.run(TABLE, dict(x=x, recurrent=recurrent, state=state, starts=starts), backend)
 
 
 def inputs(case: Case) -> dict[str, Tensor | None]:

@@ -8,6 +8,8 @@ Used by mLSTM (xLSTM, arXiv 2405.04517 eq. 15). The log-depth form is Hillis and
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -52,14 +54,20 @@ def max_plus_scan_chunk(x: Tensor, g: Tensor, *, state: Tensor, starts: Tensor |
     return m.to(out_dtype), (m[:, -1] if x.shape[1] else state).clone()  # a view would keep all of m in memory
 
 
+def operations(inputs: dict[str, Any]) -> float:
+    """A sum and a maximum for each number."""
+    return float(2 * inputs["x"].numel())
+
+
 TABLE = dispatch.Table(
     "max_plus_scan",
     dispatch.Impl("torch", max_plus_scan_chunk),
     dispatch.Impl("reference", max_plus_scan_reference),
+    sequence=SEQUENCE,
 )
 
 
-@dispatch.op(TABLE, step=max_plus_scan_step)
+@dispatch.op(TABLE, step=max_plus_scan_step, operations=operations)
 def max_plus_scan(
     x: Tensor, g: Tensor, *, state: Tensor | None = None, starts: Tensor | None = None, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -73,7 +81,7 @@ def max_plus_scan(
     if state is None:
         state = x.new_zeros(batch, channels, dtype=state_dtype(x))
     dims("x B T C, state B C", x, state)
-    return dispatch.run(TABLE, dict(x=x, g=g, state=state, starts=starts), backend, SEQUENCE)
+    return dispatch.run(TABLE, dict(x=x, g=g, state=state, starts=starts), backend)
 
 
 def inputs(case: Case) -> dict[str, Tensor | None]:

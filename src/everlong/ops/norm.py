@@ -7,6 +7,8 @@ one by one, and weights of their own for each. Sums in fp32 (fp64 for fp64). Sou
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -49,6 +51,12 @@ def output_dtype(x: Tensor, weight: Tensor | None) -> torch.dtype:
     return x.dtype if weight is None else weight.dtype
 
 
+def operations(inputs: dict[str, Any]) -> float:
+    """A square, its sum and a product for each number; a mean, a weight and a bias where there are any."""
+    weights = (inputs.get("weight") is not None) + (inputs.get("bias") is not None)
+    return float(inputs["x"].numel() * (3 + (inputs.get("style") == "layer") + weights))
+
+
 TABLE = dispatch.Table(
     "norm",
     dispatch.Impl("native", norm_native, refuse, dispatch.avoid_few),
@@ -57,7 +65,7 @@ TABLE = dispatch.Table(
 )
 
 
-@dispatch.op(TABLE)
+@dispatch.op(TABLE, operations=operations)
 def norm(
     x: Tensor,
     *,

@@ -7,6 +7,8 @@ Source: arXiv 2402.19427 sec. 2.4 (decay = -c softplus(Lambda)); the first token
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -55,6 +57,11 @@ def input_scale(g: Tensor) -> Tensor:
     return torch.where(gentle, root, still.sqrt() + STEEPEST * (square - still))
 
 
+def operations(inputs: dict[str, Any]) -> float:
+    """Two sigmoids, an exponential, a root and what joins them."""
+    return float(15 * inputs["x"].numel())
+
+
 TABLE = dispatch.Table(
     "rg_lru_gates",
     dispatch.Impl("native", rg_lru_gates_native, refuse, dispatch.avoid_few),
@@ -63,7 +70,7 @@ TABLE = dispatch.Table(
 )
 
 
-@dispatch.op(TABLE)
+@dispatch.op(TABLE, operations=operations)
 def rg_lru_gates(
     x: Tensor,
     r: Tensor,

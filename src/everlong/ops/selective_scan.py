@@ -294,15 +294,22 @@ def _backward(ctx: Any, grad_y: Tensor, grad_state: Tensor, _: Tensor) -> tuple[
 
 _scan.register_autograd(_backward, setup_context=_save)
 
+
+def operations(inputs: dict[str, Any]) -> float:
+    """Seven for a number of the state, an exponential among them."""
+    return float(inputs["x"].numel() * (7 * inputs["A"].shape[1] + 1 + 2 * (inputs.get("D") is not None)))
+
+
 TABLE = dispatch.Table(
     "selective_scan",
     dispatch.Impl("native", selective_scan_native, refuse),
     dispatch.Impl("torch", selective_scan_chunk, when_transforming),
     dispatch.Impl("reference", selective_scan_reference),
+    sequence=SEQUENCE,
 )
 
 
-@dispatch.op(TABLE, step=selective_scan_step)
+@dispatch.op(TABLE, step=selective_scan_step, operations=operations)
 def selective_scan(
     x: Tensor,
     dt: Tensor,
@@ -329,7 +336,7 @@ def selective_scan(
         state = x.new_zeros(batch, channels, keys, dtype=state_dtype(x))
     dims("x B T C, A C K, state B C K", x, A, state)
     inputs = dict(x=x, dt=dt, B=B, C=C, A=A, D=D, dt_bias=dt_bias, state=state, starts=starts)
-    return dispatch.run(TABLE, inputs, backend, SEQUENCE)
+    return dispatch.run(TABLE, inputs, backend)
 
 
 def inputs(case: Case) -> dict[str, Tensor | None]:

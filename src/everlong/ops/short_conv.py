@@ -181,15 +181,22 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 _convolve.register_autograd(_backward, setup_context=_save)
 
+
+def operations(inputs: dict[str, Any]) -> float:
+    """A product and a sum for each lag."""
+    return float(inputs["x"].numel() * 2 * inputs["weight"].shape[1])
+
+
 TABLE = dispatch.Table(
     "short_conv",
     dispatch.Impl("native", short_conv_native, native.refuse),
     dispatch.Impl("torch", short_conv_chunk),
     dispatch.Impl("reference", short_conv_reference),
+    sequence=SEQUENCE,
 )
 
 
-@dispatch.op(TABLE, step=short_conv_step)
+@dispatch.op(TABLE, step=short_conv_step, operations=operations)
 def short_conv(
     x: Tensor,
     *,
@@ -214,7 +221,7 @@ def short_conv(
     if activation not in (None, "silu"):
         raise ValueError(f"no activation {activation!r} here, expected None or 'silu'{suggest(activation, ['silu'])}")
     inputs = dict(x=x, weight=weight, bias=bias, activation=activation, state=state, starts=starts)
-    return dispatch.run(TABLE, inputs, backend, SEQUENCE)
+    return dispatch.run(TABLE, inputs, backend)
 
 
 def inputs(case: Case) -> dict[str, Any]:

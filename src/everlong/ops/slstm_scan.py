@@ -215,14 +215,20 @@ def _gradients(
     return grads.permute(2, 0, 1, 3, 4), drecurrent.view_as(recurrent), dfirst.permute(2, 0, 1, 3)
 
 
+def operations(inputs: dict[str, Any]) -> float:
+    """The recurrent map, and seven for each of its outputs."""
+    return float(inputs["x"].numel() * (2 * inputs["recurrent"].shape[1] + 7))
+
+
 TABLE = dispatch.Table(
     "slstm_scan",
     dispatch.Impl("torch", slstm_scan_fused, dispatch.when_traced),
     dispatch.Impl("reference", slstm_scan_reference),
+    sequence=SEQUENCE,
 )
 
 
-@dispatch.op(TABLE, step=slstm_scan_step)
+@dispatch.op(TABLE, step=slstm_scan_step, operations=operations)
 def slstm_scan(
     x: Tensor,
     *,
@@ -242,7 +248,7 @@ def slstm_scan(
     if state is None:
         state = x.new_zeros(batch, 4, heads, width, dtype=state_dtype(x))
     dims("x B T H 4 K, state B 4 H K", x, state)
-    return dispatch.run(TABLE, dict(x=x, recurrent=recurrent, state=state, starts=starts), backend, SEQUENCE)
+    return dispatch.run(TABLE, dict(x=x, recurrent=recurrent, state=state, starts=starts), backend)
 
 
 def inputs(case: Case) -> dict[str, Tensor | None]:

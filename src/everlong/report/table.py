@@ -15,6 +15,7 @@ from ..mixers.base import Mixer
 from ..models.blocks import Layer
 from ..models.lm import LanguageModel
 from ..ops import native
+from ..ops.dispatch import Table
 from .measures import size
 
 WIDTH = 768  # the width at which sizes are given
@@ -68,9 +69,9 @@ def operations(layer: Mixer, length: int) -> int:
 
 def mixing(mixer: type) -> dict[str, Any]:
     """The ops over time by which a mixer's file mixes tokens, by name: those that walk along the sequence."""
-    found = vars(sys.modules[mixer.__module__])
-    ops = {name: op for name, op in found.items() if "SEQUENCE" in getattr(op, "__globals__", {})}
-    return {name: op for name, op in ops.items() if op.__module__.endswith(f".{name}") and name not in LOCAL}
+    tables = {op: getattr(op, "table", None) for op in vars(sys.modules[mixer.__module__]).values() if callable(op)}
+    over_time = {table.name: op for op, table in tables.items() if isinstance(table, Table) and table.sequence}
+    return {name: op for name, op in over_time.items() if name not in LOCAL}
 
 
 def trains(mixer: type) -> str:
