@@ -84,16 +84,17 @@ def test_a_block_is_its_threads_own(make):
         with dispatch.backend("torch"):
             found.append(ran(op=op))
             inside.set()
-            checked.wait()
+            checked.wait(60)
 
-    with dispatch.backend("reference"):
-        assert ran(op=op) == "reference"
-        thread = threading.Thread(target=elsewhere)
-        thread.start()
-        inside.wait()
-        assert ran(op=op) == "reference"
-    assert ran(op=op) == "native"
-    checked.set()
+    thread = threading.Thread(target=elsewhere, daemon=True)
+    try:
+        with dispatch.backend("reference"):
+            assert ran(op=op) == "reference"
+            thread.start()
+            assert inside.wait(60) and ran(op=op) == "reference"
+        assert ran(op=op) == "native"
+    finally:
+        checked.set()
     thread.join()
     assert found == ["native", "torch"] and dispatch.named() is None
 
@@ -145,13 +146,15 @@ def test_explain_names_the_row_that_runs(name, monkeypatch):
                 assert [line.backend for line in lines] == [row.name for row in op.table]
                 assert all(line.runs != bool(line.reason) for line in lines)
                 told = next((line.backend for line in lines if line.runs), None)
-                rows.clear()
-                try:
-                    op(**inputs, backend=asked)
-                except ValueError as error:
-                    assert told is None and dict((b, r) for b, _, r in lines)[asked] in str(error)
-                    continue
-                assert (rows or ["torch"])[0] == told, (variant, time, asked)
+                for in_block in (False, True):
+                    rows.clear()
+                    try:
+                        with dispatch.backend(asked if in_block else None):
+                            op(**inputs, backend=None if in_block else asked)
+                    except ValueError as error:
+                        assert told is None and dict((b, r) for b, _, r in lines)[asked] in str(error)
+                        continue
+                    assert (rows or ["torch"])[0] == told, (variant, time, asked)
 
 
 def test_explain_knows_of_a_block_and_of_the_environment(monkeypatch):
