@@ -6,6 +6,7 @@ import itertools
 import pickle
 import threading
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -147,8 +148,9 @@ def test_a_batch_says_what_it_cannot_do():
 
 def test_a_pool_says_what_it_cannot_do():
     model, token = model_of("attention"), torch.tensor([1])
-    with pytest.raises(ValueError, match="rows must be at least 1, got 0"):
-        Pool(model, 0)
+    for rows, message in ((0, "rows"), (1.5, "rows"), (1 << 40, "rows"), (1 << 20, "at most 65536 texts in one pool")):
+        with pytest.raises(ValueError, match=message):
+            Pool(model, rows)
     pool = Pool(model, 2)
     with pytest.raises(ValueError, match="no row takes a token; put one into the pool first"):
         pool.step(torch.zeros(0, dtype=torch.long))
@@ -166,6 +168,14 @@ def test_a_pool_says_what_it_cannot_do():
         pool.step(torch.tensor([50]))
     with pytest.raises(ValueError, match="row 1 holds no text"):
         pool.take(1)
+    for rows in (["0"], [0.0], [None]):
+        with pytest.raises(ValueError, match="expected the numbers of rows"):
+            pool.step(token, rows)
+    with pytest.raises(ValueError, match="tokens are list, expected a tensor"):
+        pool.step([1])
+    for rows in ([torch.tensor(0)], [numpy.int64(0)], [False], iter([0])):  # integers, whatever their type
+        pool.step(token, rows)
+        assert [type(row) for row in pool.alive] == [int] and pool.alive == [0]
     pool.free(1)
     assert pool.alive == [0] and pool.step(token).shape == (1, 50)
 

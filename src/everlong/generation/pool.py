@@ -7,6 +7,7 @@ runs among others give the same numbers, wherever the program is native.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from .. import shapes
 from .. import state as states
+from ..arguments import whole
 from ..models.lm import LanguageModel
 from ..ops.native.product import MAX_ROWS
 from .memory import LEAST, Memory
@@ -23,6 +25,7 @@ from .player import Player
 from .programs import programs
 from .recording import Recording
 
+MOST = 1 << 16  # texts of one pool
 WHOLE = -1  # stands for the model among the parts that run in Python
 
 
@@ -35,8 +38,9 @@ class Pool:
     """
 
     def __init__(self, model: LanguageModel, rows: int) -> None:
-        if rows < 1:
-            raise ValueError(f"rows must be at least 1, got {rows}")
+        rows = whole("rows", rows)
+        if rows > MOST:
+            raise ValueError(f"rows is {rows}, expected at most {MOST} texts in one pool; make several")
         self.model, self.rows, self.programs = model, rows, programs(model)
         self._empty = model.init_state(0)  # to compare with
         self._vocabulary = model.cfg.vocab_size
@@ -78,6 +82,7 @@ class Pool:
 
     def load(self, rows: Sequence[int], state: Any) -> None:
         """Begin several rows with a copy of ``state`` [B]."""
+        rows = _indices(rows)
         for row in rows:
             if not 0 <= row < self.rows:
                 raise ValueError(f"row {row} is none of this pool; expected 0 to {self.rows - 1}")
@@ -93,7 +98,7 @@ class Pool:
 
     def take(self, rows: int | Sequence[int]) -> Any:
         """A copy of the state of a row [1], or of several [B], as ``model.step`` would return it."""
-        wanted = [rows] if isinstance(rows, int) else list(rows)
+        wanted = list(_indices([rows] if isinstance(rows, int) else rows))
         self._check_alive(wanted)
         if all(row in self._fresh for row in wanted):
             return _stacked([states.gather(*self._fresh[row]) for row in wanted])
@@ -110,6 +115,7 @@ class Pool:
 
     def free(self, row: int) -> None:
         """End a row; its memory may then be another's. A row that is not there is none to end."""
+        (row,) = _indices([row])
         self._fresh.pop(row, None)
         if row in self._active:
             self._stand_still()
@@ -122,9 +128,10 @@ class Pool:
 
     def prepare(self, rows: Sequence[int]) -> None:
         """Make all that the next step of ``rows`` needs, so that it takes no longer than others."""
-        self._check_alive(rows)
+        active = _indices(rows)
+        self._check_alive(active)
         with torch.inference_mode(False), torch.no_grad():
-            self._compose(tuple(rows))
+            self._compose(active)
 
     @torch.no_grad()
     def step(self, tokens: Tensor, rows: Sequence[int] | None = None) -> Tensor:
@@ -132,7 +139,7 @@ class Pool:
 
         Logits are in fp32 where the program runs natively.
         """
-        active = tuple(self.alive) if rows is None else tuple(rows)
+        active = tuple(self.alive) if rows is None else _indices(rows)
         self._check(tokens, active)
         if active != self._active:
             self.prepare(active)
@@ -158,6 +165,8 @@ class Pool:
         return player.step(ids.contiguous(), self._works[begin], count)
 
     def _check(self, tokens: Tensor, rows: tuple[int, ...]) -> None:
+        if not isinstance(tokens, Tensor):
+            raise ValueError(f"tokens are {type(tokens).__name__}, expected a tensor of one id for each row")
         shapes.dims(f"tokens {len(rows)}", tokens)
         if tokens.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"tokens have dtype {tokens.dtype}, expected int64 ids; encode the text first")
@@ -333,6 +342,14 @@ class Pool:
             size = states.batch_size(state) or MAX_ROWS
             found |= {row: states.gather(state, place) for place, row in enumerate(self._active[begin : begin + size])}
         return _stacked([found[row] if row in found else self._apart[row][index] for row in rows])
+
+
+def _indices(rows: Sequence[int]) -> tuple[int, ...]:
+    """Rows as integers; ``ValueError`` for what is none."""
+    try:
+        return tuple(map(operator.index, rows))
+    except TypeError as error:
+        raise ValueError(f"rows are {list(rows)}, expected the numbers of rows ({error})") from error
 
 
 def _stacked(parts: list[Any]) -> Any:
