@@ -19,6 +19,11 @@ from everlong.bench.clock import Pace
 from everlong.bench.models import ModelsPlan
 from everlong.bench.ops import OpsPlan
 from everlong.bench.training import Shape
+from everlong.blocks.aside import Aside
+from everlong.blocks.base import Block
+from everlong.blocks.parallel import Parallel
+from everlong.blocks.residual import Residual
+from everlong.blocks.shared import Shared
 from everlong.checkpoints.stream import continue_text
 from everlong.compare.architectures import architecture, sized
 from everlong.compare.run import Comparison
@@ -48,10 +53,15 @@ WRONG = (True, "3", [3], 2j, b"3")
 WIDTHS = ("d_model", "expand_k", "expand_v", "hidden", "width")  # of which a message may say "width 3 cannot be ..."
 OTHERS = (Sampling, Pace, Shape, ModelsPlan, OpsPlan)
 LAYERS = (Layer.Config(mixer=find("gla").Config(n_heads=2)),)
+RESIDUAL = Residual.Config(inner=LAYERS[0].mixer)
 NEEDED = {
     LanguageModel.Config: {"vocab_size": 20, "d_model": 16, "layers": LAYERS},
     Job: {"model": LanguageModel.Config(vocab_size=256, d_model=16, layers=LAYERS)},
     Layer.Config: {"mixer": LAYERS[0].mixer},
+    Residual.Config: {"inner": LAYERS[0].mixer},
+    Parallel.Config: {"branches": (RESIDUAL,)},
+    Aside.Config: {"name": "memo", "block": RESIDUAL},
+    Shared.Config: {"name": "one", "block": RESIDUAL, "adapted": ("out_proj",)},
     ModelsPlan: {"models": {}},
 }
 
@@ -91,6 +101,7 @@ def use(cfg):
     """Something small that uses the numbers of a configuration; what it computes."""
     uses = {
         LanguageModel.Config: lambda: cfg.build()(torch.zeros(1, 5, dtype=torch.int64))[0],
+        Block.Config: lambda: (block := cfg.build(64))(torch.randn(1, 5, 64), block.init_state(1))[0],
         base.Config: lambda: cfg.build(64)(torch.randn(1, 5, 64))[0],
         Norm.Config: lambda: cfg.build(64)(torch.randn(1, 5, 64)),
         MQAR.Config: lambda: cfg.build().batch(0, SimpleNamespace(batch=2, context=64, seed=0)).tokens.float(),

@@ -9,6 +9,7 @@ from torch import nn
 
 from everlong import numerics
 from everlong import state as states
+from everlong.call import Handed
 from everlong.config import find, mixer_names
 from everlong.feedforward.channelmix import ChannelMix
 from everlong.generation.decoder import Decoder
@@ -136,13 +137,16 @@ class Sharing(base.Mixer):
     """Reads, makes and changes shared values in the ways of ``HOW``."""
 
     memory = "none"
-    side = ("memo",)
+    values = ("memo",)
 
     @dataclass(frozen=True, kw_only=True)
     class Config(base.Config):
         """Which way."""
 
         how: str
+
+        def writes(self, depth):
+            return ("memo",)
 
     def __init__(self, cfg, d_model, depth=base.Depth()):
         super().__init__(cfg, d_model, depth)
@@ -151,9 +155,10 @@ class Sharing(base.Mixer):
     def init_state(self, batch):
         return (torch.zeros(batch, self.d_model, **self.factory),)
 
-    def step(self, x, state, *, side):
-        y = self.proj(x)
-        return HOW[self.cfg.how](y, side, state[0]), (y,)
+    def step(self, x, state, *, values):
+        y, given = self.proj(x), dict(values)
+        out = HOW[self.cfg.how](y, given, state[0])
+        return out, (y,), Handed({k: v for k, v in given.items() if v is not values.get(k)})
 
 
 Sharing.Config.owner = Sharing
@@ -221,9 +226,9 @@ def test_values_that_no_program_can_hold_are_named():
 @pytest.mark.parametrize("odd", [0, 1, 2])
 def test_one_odd_layer_of_rwkv7_leaves_the_others_native(odd):
     class Odd(rwkv7.RWKV7):
-        def step(self, x, state, *, side=None):
-            y, after = super().step(x, state, side=side)
-            return y.round(decimals=3), after
+        def step(self, x, state, *, values=None):
+            y, *rest = super().step(x, state, values=values)
+            return y.round(decimals=3), *rest
 
     layer = Layer.Config(mixer=find("rwkv7").Config(head_size=16), mlp=ChannelMix.Config())
     model = LanguageModel.Config(vocab_size=50, d_model=64, layers=(layer,) * 3).build().eval()

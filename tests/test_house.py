@@ -20,9 +20,11 @@ CPP = sorted(path for path in ROOT.rglob("*") if path.suffix in (".cpp", ".h"))
 LEVELS = [
     {"shapes", "arguments", "kinds", "config", "files", "machine", "numerics", "tokenizer"},
     {"state"},
+    {"call"},
     {"ops"},
     {"mixers"},
     {"feedforward"},
+    {"blocks"},
     {"models"},
     {"generation"},
     {"laws_aliasing"},

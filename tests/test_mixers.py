@@ -4,9 +4,9 @@ import pytest
 
 from everlong import laws
 from everlong.config import find, kind_of
-from everlong.kinds import ROOMS, names
+from everlong.kinds import names
 
-KINDS = [(name, find(name)) for room in ROOMS for name in names(room)]
+KINDS = [(name, find(name)) for room in ("mixers", "feedforward") for name in names(room)]
 SUBJECTS = [(name, subject) for name, kind in KINDS for subject in laws.subjects(kind)]
 
 

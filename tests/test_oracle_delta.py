@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from everlong.call import Call, ask
 from everlong.feedforward.channelmix import ChannelMix
 from everlong.mixers.base import Depth
 from everlong.mixers.delta_net import DeltaNet
@@ -98,10 +99,10 @@ class Goose(nn.Module):
 
     def run(self, tokens, states, call):
         """tokens [B T] or [B] -> logits and states, with the method ``call`` of each block."""
-        x, side, after = self.ln0(self.embedding(tokens)), {}, []
+        x, way, after = self.ln0(self.embedding(tokens)), Call(call), []
         for norm, mix, state in zip(self.norms, self.mixes, states, strict=True):
-            y, state = getattr(mix, call)(norm(x), state, **({"side": side} if mix.side else {}))
-            x = x + y
+            y, state, handed = ask(mix, norm(x), state, way)
+            x, way = x + y, way.after(handed)
             after.append(state)
         return self.head(self.ln_out(x)), after
 
@@ -181,11 +182,11 @@ def test_rwkv7_carries_first_values_across_pieces():
 def test_rwkv7_without_first_values_says_so():
     layer = RWKV7(RWKV7.Config(), 64, Depth(1, 2))
     assert hasattr(layer, "value") and not hasattr(RWKV7(RWKV7.Config(), 64, Depth(0, 2)), "value")
-    with pytest.raises(ValueError, match=r"layer 1 needs side\['v_first'\]"):
+    with pytest.raises(ValueError, match=r"layer 1 needs values\['v_first'\]"):
         layer(torch.zeros(1, 3, 64))
-    with pytest.raises(ValueError, match="side"):
+    with pytest.raises(ValueError, match="values"):
         layer.step(torch.zeros(1, 64), layer.init_state(1))
-    layer(torch.zeros(1, 3, 64), side={"v_first": torch.zeros(1, 3, 64)})
+    layer(torch.zeros(1, 3, 64), values={"v_first": torch.zeros(1, 3, 64)})
     alone = RWKV7(RWKV7.Config(value_residual=False), 64, Depth(1, 2))
     alone(torch.zeros(1, 3, 64))
 
@@ -203,7 +204,7 @@ def test_rwkv7_initial_values():
     assert_close(layer.mix[1], (1 - (n / 256) ** (0.9 * 0.75)).float(), "x_w", BOUNDS["fp32 product"])
     assert not layer.out_proj.weight.any() and not layer.decay.down.any()
     x = torch.randn(2, 9, 256)
-    assert not layer(x, side={"v_first": torch.randn(2, 9, 256)})[0].any()  # a new layer adds nothing
+    assert not layer(x, values={"v_first": torch.randn(2, 9, 256)})[0].any()  # a new layer adds nothing
 
 
 def test_rwkv7_ranks_are_the_published_ones():

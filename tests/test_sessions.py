@@ -199,15 +199,14 @@ def test_states_may_lie_anyhow_in_memory(name, lie):
 def test_states_of_all_mixers_may_lie_anyhow_in_memory(name):
     mixer = find(name).Config().build(64).eval()
     x = torch.randn(2, 7, 64)
-    side = {"side": {}} if mixer.side else {}
-    _, state = mixer(x, **side)
+    _, state = mixer(x)
 
     def strange(leaf):
         wide = leaf[..., None].expand(*leaf.shape, 3).clone()
         return wide[..., 1]
 
     other = states.map_leaves(strange, state)
-    for call in (lambda s: mixer(x, s, **side)[0], lambda s: mixer.step(x[:, 0], s, **side)[0]):
+    for call in (lambda s: mixer(x, s)[0], lambda s: mixer.step(x[:, 0], s)[0]):
         numerics.assert_close(call(other), call(state), "output", numerics.BOUNDS["fp32 product"])
 
 

@@ -1,4 +1,4 @@
-"""What a name means: ``mixers/`` and ``feedforward/`` by file name, code of the user's own by dotted path.
+"""What a name means: ``mixers/``, ``feedforward/`` and ``blocks/`` by file name, code of the user's own by dotted path.
 
 ``kind`` is how JSON names a class: ``"mamba"`` for ``everlong/mixers/mamba.py``, ``"swiglu"`` for
 ``everlong/feedforward/swiglu.py``, and ``"my_package.my_mixer"`` for a file of your own. Nothing is registered: a file
@@ -25,10 +25,11 @@ import torch
 
 from .arguments import shown
 
-ROOMS = ("mixers", "feedforward")  # folders whose files are kinds
+ROOMS = ("mixers", "feedforward", "blocks")  # folders whose files are kinds
 OURS = (
     "everlong.mixers.",
     "everlong.feedforward.",
+    "everlong.blocks.",
     "everlong.models.",
     "everlong.tasks.",
 )  # where a file may find a class
@@ -87,7 +88,7 @@ def kind_of(owner: type) -> str:
 
 
 def names(room: str) -> list[str]:
-    """The kinds in ``mixers`` or ``feedforward``: the file names are the registry."""
+    """The kinds in ``mixers``, ``feedforward`` or ``blocks``: the file names are the registry."""
     return sorted(path.stem for path in (Path(__file__).parent / room).glob("*.py") if path.stem not in NO_KINDS)
 
 

@@ -51,7 +51,7 @@ def check_engine(engine: Engine, tokens: Tensor) -> Verdict:
     tolerance, prompt = LOGITS[engine.weights], tokens.shape[1] - MORE
     with torch.no_grad():
         model = engine.truth()
-        hidden, _ = model.hidden(tokens)
+        hidden = model.hidden(tokens)[0]
         want = model.logits(hidden[:, prompt - 1 :])
 
     def pairs() -> Iterator[tuple[str, Tensor, Tensor, float]]:

@@ -111,7 +111,7 @@ class Everlong(Engine):
 def history_bytes(model: LanguageModel, length: int) -> int:
     """Bytes of keys, values and other histories that the token after ``length`` others reads, for one row."""
     total = 0
-    for block in (block for layer in model.layers for _, block in layer._blocks()):
+    for block in (mixer for layer in model.layers for mixer in layer.mixers()):
         empty = block.init_state(1)
         if block.memory == "linear":
             total += states.nbytes_after(empty, length) - states.nbytes(empty)

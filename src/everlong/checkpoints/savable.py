@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..blocks import shared
 from ..models.identity import plain, plain_name
 from ..models.lm import LanguageModel
 from ..models.quantize import prepare
@@ -50,9 +51,22 @@ def savable(model: nn.Module) -> tuple[LanguageModel, dict[str, Tensor]]:
             raise ValueError(f"{name} has shape {list(tensor.shape)}, but the config says {list(wanted[name])}")
         if tensor.is_meta:
             raise ValueError(f"{name} has no values (it is on the device 'meta'); load or initialise them first")
+    tensors = _once(found, tensors)
     _check_shared(tensors)
     check_dtypes(found)
     return found, tensors
+
+
+def _once(model: LanguageModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without what blocks of one name share, but for the first of them."""
+    stands_for = {plain_name(name): plain_name(first) for name, first in shared.stands_for(model).items()}
+    for name, first in stands_for.items():
+        if tensors[name].data_ptr() != tensors[first].data_ptr():
+            raise ValueError(
+                f"{name} and {first} belong to blocks that share their weights and are two tensors, and loading would "
+                "give one; change the shared one in place, or name it among the block's own parts"
+            )
+    return {name: tensor for name, tensor in tensors.items() if name not in stands_for}
 
 
 def _check_config(model: LanguageModel) -> None:
@@ -60,7 +74,12 @@ def _check_config(model: LanguageModel) -> None:
     if len(model.layers) != len(model.cfg.layers):
         raise ValueError(f"the model has {len(model.layers)} layers, its config {len(model.cfg.layers)}")
     for index, (layer, cfg) in enumerate(zip(map(plain, model.layers), model.cfg.layers, strict=True)):
-        for part, ours, theirs in (("mixer", layer.mixer, cfg.mixer), ("mlp", layer.mlp, cfg.mlp)):
+        parts: list[tuple[str, Any, Any]] = [("mixer", layer.mixer, cfg.mixer), ("mlp", layer.mlp, cfg.mlp)]
+        if cfg.blocks:
+            blocks: Any = layer.blocks
+            parts = [("blocks", layer, cfg)] if len(blocks) != len(cfg.blocks) else []
+            parts += [(f"sequence.{i}", *pair) for i, pair in enumerate(zip(blocks, cfg.blocks, strict=False))]
+        for part, ours, theirs in parts:
             if getattr(ours, "cfg", None) != theirs:
                 raise ValueError(
                     f"layers.{index}.{part} was built with another config than the model's cfg says, so loading would "

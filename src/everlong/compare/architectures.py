@@ -219,9 +219,12 @@ def describe(cfg: LanguageModel.Config) -> str:
 
 
 def _label(layer: Layer.Config) -> str:
-    window = getattr(layer.mixer, "window", None)
-    name = _short(layer.mixer) + (f" (window {window})" if window else "")
-    return f"{name} + {_short(layer.mlp)}" if layer.mlp else name
+    return " + ".join(map(_named, layer.mixers()))
+
+
+def _named(mixer: Any) -> str:
+    window = getattr(mixer, "window", None)
+    return _short(mixer) + (f" (window {window})" if window else "")
 
 
 def _short(cfg: Config) -> str:
@@ -231,5 +234,6 @@ def _short(cfg: Config) -> str:
 
 def equation(cfg: LanguageModel.Config) -> str:
     """The equations of the mixers, each once."""
-    seen: dict[str, Config] = {layer.mixer.owner.equation: layer.mixer for layer in cfg.layers}
+    mixers = [next(layer.mixers()) for layer in cfg.layers]
+    seen: dict[str, Config] = {mixer.owner.equation: mixer for mixer in mixers}
     return " · ".join(filter(None, seen))

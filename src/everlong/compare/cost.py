@@ -63,7 +63,7 @@ class Speed(NamedTuple):
 
 def engine(decoder: Decoder) -> tuple[int, int]:
     """How many blocks of a model a decoder runs in Python, and how many blocks there are."""
-    blocks = sum(1 if layer.mlp is None else 2 for layer in decoder.model.cfg.layers)
+    blocks = sum(len(layer.sequence()) for layer in decoder.model.cfg.layers)
     names = [name for name, _ in decoder.explain()]
     return (blocks if "model" in names else len(names)), blocks
 

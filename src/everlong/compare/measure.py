@@ -70,7 +70,7 @@ def losses(model: LanguageModel, batch: Batch, piece: int) -> Tensor:
     state, found = None, []
     for begin in range(0, batch.tokens.shape[1], piece):
         part = slice(begin, begin + piece)
-        hidden, state = model.hidden(batch.tokens[:, part], state, starts=_starts(batch, part))
+        hidden, state, _ = model.hidden(batch.tokens[:, part], state, starts=_starts(batch, part))
         logits = model.logits(hidden).float()
         found.append(F.cross_entropy(logits.transpose(1, 2), batch.targets[:, part], reduction="none"))
     return torch.cat(found, dim=1)
@@ -162,7 +162,7 @@ def recall_accuracy(model: LanguageModel, task: MQAR.Config, sequences: int, see
     while step * wanted.batch < sequences:
         tokens, targets, _ = made.batch(step, wanted)
         with torch.no_grad():
-            hidden, _ = model.hidden(tokens)
+            hidden = model.hidden(tokens)[0]
             counted = targets != IGNORED
             answers = model.logits(hidden[counted]).argmax(dim=-1)
         right, asked, step = right + int((answers == targets[counted]).sum()), asked + int(counted.sum()), step + 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,11 +9,12 @@ import torch
 from torch import Tensor
 
 from .. import state as states
+from ..call import Call
 from ..mixers import base
 from ..models.lm import LanguageModel
 from ..ops.native.program import Instance
 from .memory import Memory
-from .recording import Block, Recording, Where
+from .recording import Recording, Where
 
 
 class Player:
@@ -29,16 +29,14 @@ class Player:
         self.stream = self.instance.view(recording.stream, rows)
         self.x = [self.instance.view(block.x, rows) for block in recording.blocks]
         self.out = [self.instance.view(block.out, rows) for block in recording.blocks]
-        self.side = [
-            {
-                name: (self.instance.view(*value) if dtype else value, dtype)
-                for name, (value, dtype) in block.side.items()
-            }
-            for block in recording.blocks
-        ]
-        self.gives = [
-            {name: self.instance.view(*value) for name, value in block.gives.items()} for block in recording.blocks
-        ]
+        blocks = recording.blocks
+        self.values = [{name: self._value(*value) for name, value in block.values.items()} for block in blocks]
+        self.made = [{name: self._value(*value) for name, value in block.made.items()} for block in blocks]
+        self.gives = [{name: self.instance.view(*value) for name, value in block.gives.items()} for block in blocks]
+
+    def _value(self, value: Any, dtype: torch.dtype | None) -> tuple[Any, torch.dtype | None]:
+        """A handed value as it lies in memory, and its dtype in the model; or a constant and None."""
+        return (self.instance.view(*value) if dtype else value, dtype)
 
     def step(self, tokens: Tensor, works: dict[int, base.Workspace], count: int) -> Tensor:
         """Int64 ids [rows] -> logits [count vocab] of the first rows, which the next step overwrites.
@@ -58,15 +56,15 @@ class Player:
     def _in_python(self, index: int, work: base.Workspace, rows: int) -> None:
         """A block's own step, on values in the program's memory."""
         block = self.recording.blocks[index]
-        side = {k: value[:rows].to(dtype) if dtype else value for k, (value, dtype) in self.side[index].items()}
-        given, extra = dict(side), {"side": side} if block.block.side else {}
+        given = {k: value[:rows].to(dtype) if dtype else value for k, (value, dtype) in self.values[index].items()}
         x = self.x[index][:rows]
-        x.add_(block.block.step_(block.norm(x.to(block.dtype)), work, **extra))
-        for name, (value, dtype) in self.side[index].items():
+        y, _, handed = block.block.branch(x.to(block.dtype), work, Call("step_", values=given))
+        x.add_(y) if block.block.additive else x.copy_(block.block.join(x, y))
+        for name, (value, dtype) in self.values[index].items():
             if dtype and given[name] is not value:
                 value[:rows].copy_(given[name])  # it may have changed in place
         for name, memory in self.gives[index].items():
-            memory[:rows].copy_(side[name])
+            memory[:rows].copy_(handed.values[name])
 
     def differing(
         self, model: LanguageModel, tokens: Tensor, works: dict[int, base.Workspace], alike: Callable[[Any, Any], bool]
@@ -83,11 +81,13 @@ class Player:
                 continue
             given = self._given(index)
             self.instance.run(block.begin, block.end, tokens)
-            made = self.out[index] - given[0], self.after(index)
-            if not alike(made, _asked(block, *given)) and not (
-                recording.half and alike(made, _asked(block, *given, wide=True))
+            out = self.out[index] - given[0] if block.block.additive else self.out[index].clone()
+            handed = {name: value.clone() if dtype else value for name, (value, dtype) in self.made[index].items()}
+            made = out, self.after(index), tuple(handed[name] for name in sorted(handed) if self.made[index][name][1])
+            if not alike(made, self._asked(index, *given)) and not (
+                recording.half and alike(made, self._asked(index, *given, wide=True))
             ):
-                yield block.where, type(block.block).__name__
+                yield block.where, block.kind
         x = self.out[-1].to(recording.blocks[-1].dtype)
         want = model.logits(model.norm(x))
         self.instance.run(recording.blocks[-1].end, len(recording.program.instructions), tokens)
@@ -96,9 +96,9 @@ class Player:
         self.memory.moved_on(self.first, recording.rows)
 
     def _given(self, index: int) -> tuple[Tensor, Any, dict[str, Any]]:
-        """Copies of what a replayed block is about to read: x, its state and the shared values with their dtypes."""
-        side = {k: (value.clone() if dtype else value, dtype) for k, (value, dtype) in self.side[index].items()}
-        return self.x[index].clone(), self.state(index), side
+        """Copies of what a replayed block is about to read: x, its state and handed values with their dtypes."""
+        values = {k: (value.clone() if dtype else value, dtype) for k, (value, dtype) in self.values[index].items()}
+        return self.x[index].clone(), self.state(index), values
 
     def state(self, index: int) -> Any:
         """A copy of the state of a replayed block, all rows."""
@@ -114,14 +114,19 @@ class Player:
                 leaf.held[self.first : self.first + self.recording.rows] += change
         return state
 
-
-def _asked(block: Block, x: Tensor, state: Any, side: dict[str, Any], *, wide: bool = False) -> tuple[Tensor, Any]:
-    """What the step of a block makes of them, in the model's dtypes, or ``wide`` with all of it in fp32."""
-    norm, mixer = block.norm, block.block
-    if wide:
-        norm, mixer = (copy.deepcopy(module).float() for module in (norm, mixer))
-        pairs = zip(states.leaves(state), states.leaves(mixer.init_state(0)), strict=True)
-        state = states.rebuild(state, iter([leaf.to(like.dtype) for (_, leaf, _), (_, like, _) in pairs]))
-    given = {k: value.to(torch.float32 if wide else dtype) if dtype else value for k, (value, dtype) in side.items()}
-    x = x.to(torch.float32 if wide else block.dtype)
-    return mixer.step(norm(x), state, **({"side": given} if mixer.side else {}))
+    def _asked(
+        self, index: int, x: Tensor, state: Any, values: dict[str, Any], *, wide: bool = False
+    ) -> tuple[Tensor, Any, tuple[Tensor, ...]]:
+        """What the step of a block makes of them, in the model's dtypes, or ``wide`` with all of it in fp32."""
+        block, made = self.recording.blocks[index], self.made[index]
+        asked = block.block.widened() if wide else block.block
+        if wide:
+            pairs = zip(states.leaves(state), states.leaves(asked.init_state(0)), strict=True)
+            state = states.rebuild(state, iter([leaf.to(like.dtype) for (_, leaf, _), (_, like, _) in pairs]))
+        given = {
+            k: value.to(torch.float32 if wide else dtype) if dtype else value for k, (value, dtype) in values.items()
+        }
+        x = x.to(torch.float32 if wide else block.dtype)
+        y, after, handed = asked.branch(x, state, Call("step", values=given))
+        y = y if asked.additive else asked.join(x, y)
+        return y, after, tuple(handed.values[name] for name in sorted(made) if made[name][1])

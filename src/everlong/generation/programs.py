@@ -31,7 +31,7 @@ from ..ops.native import guards
 from ..ops.native.guards import Unsupported
 from .memory import Memory
 from .player import Player
-from .recording import Recording, Where, own, refuse_hooks
+from .recording import Recording, Where, own, refuse_hook, refuse_hooks
 
 CHECKED = 2  # tokens replayed beside ``model.step``
 SMALL = 1 << 18  # numbers of a tensor whose values are compared to see whether a model has changed
@@ -227,11 +227,12 @@ def _refuse_own(model: LanguageModel) -> None:
     hooks = nn.modules.module
     if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
         raise Unsupported("a forward hook for all modules")
-    if own(model, LanguageModel, "step"):
+    if own(model, LanguageModel, "step", "_run"):
         raise Unsupported(f"{type(model).__name__} has its own step")
     for index, layer in enumerate(model.layers):
-        if own(layer, Layer, "step", "_blocks"):
+        if own(layer, Layer, "forward") or getattr(type(layer), "blocks", None) is not Layer.blocks:
             raise Unsupported(f"layers.{index} has its own step")
+        refuse_hook(f"layers.{index}", layer)
     for name in ("embedding", "embed_norm", "norm", "head"):
         part = getattr(model, name)
         if part is not None:

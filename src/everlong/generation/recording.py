@@ -1,8 +1,8 @@
 """A model's ``step`` for a fixed number of rows, recorded block by block as a native program.
 
 A ``Recording`` holds no state: any number of ``Player``s run it, each on memory of its own. A block with an operation
-that has no native form runs in Python, between two pieces of the program; values that layers share (``side``) are
-handed over in its memory.
+that has no native form runs in Python, between two pieces of the program; values that blocks hand on are handed over in
+its memory.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import state as states
+from ..blocks.residual import Inner
+from ..call import EMBEDDINGS, Call
 from ..models.lm import LanguageModel
 from ..ops.native.aten import RULES
 from ..ops.native.guards import Unsupported
@@ -26,10 +28,9 @@ Where = tuple[int, int]  # layer, and block within it
 
 @dataclass
 class Block:
-    """``x + block(norm(x))``: instructions ``begin`` to ``end``, or where there is a ``reason``, Python."""
+    """``join(x, branch(x))``: instructions ``begin`` to ``end``, or where there is a ``reason``, Python."""
 
     where: Where
-    norm: Any
     block: Any
     begin: int = 0
     end: int = 0
@@ -37,14 +38,25 @@ class Block:
     out: Any = None
     dtype: torch.dtype = torch.float32  # of the residual stream in the model
     leaves: list[Buffer] = field(default_factory=list)  # of its state; a leaf of no numbers has none
-    side: dict[str, Any] = field(default_factory=dict)  # shared values before it: (Ref, shape) and dtype, or a constant
-    gives: dict[str, Any] = field(default_factory=dict)  # shared values that a block in Python makes: Ref and shape
+    values: dict[str, Any] = field(default_factory=dict)  # handed on before it: (Ref, shape) and dtype, or a constant
+    gives: dict[str, Any] = field(default_factory=dict)  # what a block in Python hands on: Ref and shape
+    made: dict[str, Any] = field(default_factory=dict)  # what one of instructions does: (Ref, shape) and dtype
     reason: str | None = None
 
     @property
     def name(self) -> str:
         """Its place in the model, as ``explain`` names it."""
         return f"layers.{self.where[0]}.{self.where[1]}"
+
+    @property
+    def kind(self) -> str:
+        """What it is, in messages: the class of its mixer."""
+        return ", ".join(type(mixer).__name__ for mixer in self.block.mixers())
+
+    @property
+    def hands_on(self) -> bool:
+        """Whether it may hand values on."""
+        return not isinstance(self.block, Inner) or any(mixer.values for mixer in self.block.mixers())
 
 
 class Recording:
@@ -58,69 +70,78 @@ class Recording:
         self.rows, self.width, self.program = rows, model.cfg.d_model, Program()
         self.half = any(x.dtype == torch.bfloat16 for x in model.parameters())
         self.blocks = [
-            Block((layer, index), norm, block, reason=python.get((layer, index)))
+            Block((layer, index), block, reason=python.get((layer, index)))
             for layer, module in enumerate(model.layers)
-            for index, (norm, block) in enumerate(module._blocks())
+            for index, block in enumerate(module.blocks)
         ]
 
     def record(self, model: LanguageModel) -> None:
         """One step of the initial state, block by block, and the program made of it."""
         tokens = torch.zeros(self.rows, dtype=torch.long, device="cpu")
-        to, side = Lowering(self.program, RULES, _dtypes(self.half), tokens), {}  # type: ignore[var-annotated]
+        to = Lowering(self.program, RULES, _dtypes(self.half), tokens)
         x = _lowered(to, "the embedding", lambda: model.embed(tokens))
         self.embedded, self.stream = len(self.program.instructions), to.ref(x)
+        call = Call("step", values={EMBEDDINGS: self._apart(to, x)} if model.cfg.reads_embeddings() else {})
         for block in self.blocks:
             block.begin, block.dtype, block.x = len(self.program.instructions), x.dtype, to.ref(x)
-            block.side = {name: _shared(to, value) for name, value in side.items()}
-            x = self._record_block(to, block, x, side)
+            block.values = {name: _shared(to, value) for name, value in call.values.items()}
+            x, call = self._record_block(to, block, x, call)
             block.end, block.out = len(self.program.instructions), to.ref(x)
-            to.forget(x, *(value for value in side.values() if isinstance(value, Tensor)))
+            to.forget(x, *_tensors(call))
         logits = _lowered(to, "the head", lambda: model.logits(model.norm(x)))
         self.logits, self.vocabulary = to.ref(logits), logits.shape[-1]
         self.program.touch(self.logits.buffer)
         self.program.finish()
         self.python = [index for index, block in enumerate(self.blocks) if block.reason is not None]
 
-    def _record_block(self, to: Lowering, block: Block, x: Tensor, side: dict[str, Any]) -> Tensor:
-        """Instructions of the block, or a part that leaves it to Python. Returns the recorded sum."""
-        shared = dict(side)
+    def _apart(self, to: Lowering, x: Tensor) -> Tensor:
+        """A copy of a value, which nothing else writes."""
+        alone = x.clone()
+        to.map("copy", x.shape, to.new(alone), [to.ref(x)])
+        return alone
+
+    def _record_block(self, to: Lowering, block: Block, x: Tensor, call: Call) -> tuple[Tensor, Call]:
+        """Instructions of the block, or a part that leaves it to Python. Returns the recorded sum, the call after."""
         try:
             if block.reason is not None:
                 raise Unsupported(block.reason)
-            out = _lower_block(to, block, x, shared, self.rows)
-            side.update(shared)
-            return out
+            out, after = _lower_block(to, block, x, call, self.rows)
+            names = (name for name, value in after.values.items() if value is not call.values.get(name))
+            block.made = {name: _shared(to, after.values[name]) for name in names}
+            return out, after
         except Unsupported as error:
             block.reason = str(error)
         except Exception as error:  # what a step does while it is recorded, or a rule has not foreseen
             block.reason = f"recording failed: {type(error).__name__}: {error}"
         block.leaves = []
         del self.program.instructions[block.begin :]
-        to.forget(x, *(value for value in side.values() if isinstance(value, Tensor)))
-        alone = x.clone()  # Python adds to a value that is the residual stream and nothing else
-        to.map("copy", x.shape, to.new(alone), [to.ref(x)])
+        to.forget(x, *_tensors(call))
+        alone = self._apart(to, x)  # Python adds to a value that is the residual stream and nothing else
         block.x = to.ref(alone)
-        for value in block.side.values():
+        for value in block.values.values():
             if isinstance(value[0], tuple):
                 self.program.touch(value[0][0].buffer)
-        if block.block.side:
-            self._share(to, block, alone, side)
-        return alone
+        return alone, self._hand_on(to, block, alone, call)
 
-    def _share(self, to: Lowering, block: Block, x: Tensor, side: dict[str, Any]) -> None:
-        """The shared values that a block in Python makes have a place in the program from here on."""
-        shared = dict(side)
-        block.block.step(block.norm(x), block.block.init_state(self.rows), side=shared)
-        for name, value in shared.items():
-            if value is side.get(name):
-                continue
+    def _hand_on(self, to: Lowering, block: Block, x: Tensor, call: Call) -> Call:
+        """What a block in Python hands on has a place in the program from here on."""
+        if not block.hands_on:
+            return call
+        values = dict(call.values)
+        _, _, handed = block.block(x, block.block.init_state(self.rows), call)
+        for name, value in handed.values.items():
             if not isinstance(value, Tensor) or value.dtype not in to.dtypes or value.is_complex():
-                raise Unsupported(f"{block.name} ({block.reason}) shares {name!r}, which no program can hold")
-            side[name] = value.clone(memory_format=torch.contiguous_format)
+                raise Unsupported(f"{block.name} ({block.reason}) hands on {name!r}, which no program can hold")
+            values[name] = value.clone(memory_format=torch.contiguous_format)
             buffer = Buffer(value.numel())
-            to.bind(side[name], buffer)
+            to.bind(values[name], buffer)
             self.program.touch(buffer)
-            block.gives[name] = (Ref(buffer, 0, side[name].stride()), value.shape)
+            block.gives[name] = (Ref(buffer, 0, values[name].stride()), value.shape)
+        return call._replace(values=values)
+
+
+def _tensors(call: Call) -> list[Tensor]:
+    return [value for value in call.values.values() if isinstance(value, Tensor)]
 
 
 def _dtypes(half: bool) -> set[torch.dtype]:
@@ -155,24 +176,23 @@ def _begun(state: Any) -> Any:
     return states.rebuild(state, iter(copies))
 
 
-def _lower_block(to: Lowering, block: Block, x: Tensor, side: dict[str, Any], rows: int) -> Tensor:
-    """The instructions of ``x + block(norm(x))``."""
-    refuse_hooks(block.norm, "norm")
-    refuse_hooks(block.block, type(block.block).__name__, itself=False)
+def _lower_block(to: Lowering, block: Block, x: Tensor, call: Call, rows: int) -> tuple[Tensor, Call]:
+    """The instructions of the block; the stream and the call after it."""
+    for name, module, itself in block.block.called():
+        refuse_hook(name, module if itself else None)
     before = _begun(block.block.init_state(rows))
     for name, leaf, pad in states.leaves(before):
         if leaf.is_complex() or leaf.dtype not in to.dtypes | {torch.int64}:
             raise Unsupported(f"{name} of dtype {leaf.dtype}")
         block.leaves.append(to.bind_state(leaf, grows=bool(pad)) if leaf.numel() else Buffer(0))
     with Recorder() as record:
-        y, after = block.block.step(block.norm(x), before, **({"side": side} if block.block.side else {}))
-        total = x + y
+        total, after, handed = block.block(x, before, call)
     to.lower(record.calls)
     if type(before) is not type(after) or states.names(before) != states.names(after):
         raise Unsupported("a state of another kind than init_state makes")
-    for name, value in side.items():
+    for name, value in handed.values.items():
         if isinstance(value, Tensor) and to.is_state(value):
-            raise Unsupported(f"it shares {name!r}, which lies in its state")
+            raise Unsupported(f"it hands on {name!r}, which lies in its state")
     for (_, leaf, _), (_, kept, _) in zip(states.leaves(before), states.leaves(after), strict=True):
         if leaf.numel():
             to.keep(kept, leaf)
@@ -180,7 +200,7 @@ def _lower_block(to: Lowering, block: Block, x: Tensor, side: dict[str, Any], ro
             raise Unsupported("a state that grows")
     if total.dtype != x.dtype or total.shape != x.shape or not to.known(total) or to.is_state(total):
         raise Unsupported(f"an output of shape {list(total.shape)} and dtype {total.dtype}")
-    return total
+    return total, call.after(handed)
 
 
 def own(instance: Any, kind: type, *names: str) -> bool:
@@ -188,8 +208,13 @@ def own(instance: Any, kind: type, *names: str) -> bool:
     return any(getattr(getattr(instance, name), "__func__", None) is not getattr(kind, name) for name in names)
 
 
-def refuse_hooks(module: nn.Module, what: str, *, itself: bool = True) -> None:
-    """What a hook does besides, a replay would not do. ``itself``: the module is called, not just its ``step``."""
+def refuse_hook(name: str, module: nn.Module | None) -> None:
+    """What a hook does besides, a replay would not do."""
+    if module is not None and (module._forward_hooks or module._forward_pre_hooks):
+        raise Unsupported(f"{name} has a forward hook")
+
+
+def refuse_hooks(module: nn.Module, what: str) -> None:
+    """The same for a module and all its parts."""
     for name, part in module.named_modules():
-        if (name or itself) and (part._forward_hooks or part._forward_pre_hooks):
-            raise Unsupported(f"{what}{'.' if name else ''}{name} has a forward hook")
+        refuse_hook(f"{what}.{name}".rstrip("."), part)

@@ -74,11 +74,11 @@ class Config(config.Config):
         return self.owner(self, d_model, depth)
 
     def reads(self, depth: Depth) -> tuple[str, ...]:
-        """Values in ``side`` that the layer at ``depth`` cannot do without; a layer before it must write them."""
+        """Names of the values that it cannot do without at ``depth``; a block before it must hand them on."""
         return ()
 
     def writes(self, depth: Depth) -> tuple[str, ...]:
-        """Values that it leaves in ``side`` for the layers behind it."""
+        """Names of the values that it hands on to the blocks behind it."""
         return ()
 
 
@@ -110,7 +110,7 @@ class Mixer(nn.Module):
     Config: ClassVar[type[Config]] = Config
     memory: ClassVar[Memory] = "constant"
     equation: ClassVar[str] = ""  # one line for tables
-    side: ClassVar[tuple[str, ...]] = ()  # values read from, or written for, other layers of the same call
+    values: ClassVar[tuple[str, ...]] = ()  # names of what it reads of, or hands on to, other blocks of the same call
     no_decay: ClassVar[tuple[str, ...]] = ()  # parts that weight decay must spare, beside all vectors
     cfg: Any  # the class's own Config
     lr_scales: ClassVar[dict[str, float]] = {}  # parameters that learn at a multiple of the learning rate
@@ -130,6 +130,11 @@ class Mixer(nn.Module):
             cls.Config = type("Config", (cls.Config,), {"__module__": cls.__module__, "__doc__": cls.Config.__doc__})
             cls.Config.__qualname__ = f"{cls.__qualname__}.Config"
         cls.Config.owner = cls
+        if "side" in vars(cls):
+            raise TypeError(
+                f"{cls.__name__} declares side; values are declared as values = {vars(cls)['side']!r}, given as "
+                "values=..., and what is handed on is returned behind the state (see everlong.call.Handed)"
+            )
 
     def step_outputs(self) -> dict[str, int]:
         """Linear maps whose last outputs are decays or steps, and how many: quantisation spares those outputs."""
@@ -161,10 +166,11 @@ class Mixer(nn.Module):
         """A workspace that begins with ``state``, which is not changed."""
         return Workspace(state)
 
-    def step_(self, x: Tensor, work: Any, **side: Any) -> Tensor:
+    def step_(self, x: Tensor, work: Any, **values: Any) -> Any:
         """``step`` for the owner of a ``workspace``, whose buffers are written in place: x [B D] -> y [B D]."""
-        y, work.held = self.step(x, work.held, **side)
-        return y
+        made: Any = self.step(x, work.held, **values)
+        work.held = made[1]
+        return made[0] if len(made) == 2 else (made[0], made[2])
 
     def begin(self, x: Tensor, state: Any, *starts: Tensor | None) -> Any:
         """Check the arguments of a call and return the state to begin with.

@@ -3,14 +3,14 @@
 The state is [key, value] here, the transpose of the paper's. Six mixtures of a token and its predecessor make
 r, w, k, v, alpha and the gate; w = exp(-e^(-1/2) sigmoid(.)) per key channel, kappa = k k_k brought to norm 1 per
 head, k is then scaled by ``1 + (alpha - 1) k_a``. Low-rank maps (LoRAs) make w, alpha, the gate, and in all
-layers but the first a mixing of v with the values of the first layer, which travel in ``side["v_first"]``.
+layers but the first a mixing of v with the values of the first layer, which travel as the value "v_first".
 ``y = S^T r`` is normalised per head, ``(r . k r_k) v`` is added, the sum is gated and projected.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..call import NOTHING, Handed
 from ..ops.common import previous
 from ..ops.delta_rule import delta_rule, delta_rule_step
 from ..ops.linear import Linear, linear
@@ -59,7 +60,7 @@ class RWKV7(base.Mixer):
     """RWKV-7 "Goose" time mixing."""
 
     equation = "S = diag(w) S − (α⊙κ)(κᵀS) + k vᵀ"
-    side = ("v_first",)
+    values = ("v_first",)
     no_decay = ("mix", "r_k", "down", "up")
     lr_scales: ClassVar[dict[str, float]] = {"decay.bias": 2.0}
     full_precision = ("decay.bias",)
@@ -82,11 +83,11 @@ class RWKV7(base.Mixer):
         def reads(self, depth: base.Depth) -> tuple[str, ...]:
             """The first layer's values, where v is mixed with them."""
             mixes = depth.layer > 0 if self.value_residual is None else self.value_residual
-            return RWKV7.side if mixes else ()
+            return RWKV7.values if mixes else ()
 
         def writes(self, depth: base.Depth) -> tuple[str, ...]:
             """Its own values, where it does not read others'."""
-            return () if self.reads(depth) else RWKV7.side
+            return () if self.reads(depth) else RWKV7.values
 
     @state
     class State:
@@ -130,12 +131,12 @@ class RWKV7(base.Mixer):
             memory=torch.zeros(batch, self.n_heads, size, size, **self.memory_factory),
         )
 
-    def _parts(self, x: Tensor, shifted: Tensor, side: dict[str, Tensor] | None) -> Parts:
+    def _parts(self, x: Tensor, shifted: Tensor, values: Mapping[str, Tensor] | None) -> Parts:
         """From x [... D] and the tokens before, in the dtype of the state."""
         mix = self.mix.reshape(6, *[1] * (x.dim() - 1), -1)
         x_r, x_w, x_k, x_v, x_a, x_g = torch.addcmul(x, shifted - x, mix).unbind(0)
         dtype = state_dtype(x)
-        r, k, v = self.r_proj(x_r).to(dtype), self.k_proj(x_k).to(dtype), self._values(x_v, side)
+        r, k, v = self.r_proj(x_r).to(dtype), self.k_proj(x_k).to(dtype), self._values(x_v, values)
         g, alpha = LOG_DECAY * self.decay(x_w).sigmoid(), self.rate(x_a).sigmoid()
         kappa = F.normalize(self._heads(k * self.k_k), dim=-1, eps=1e-12)
         rule: dict[str, Any] = {
@@ -151,19 +152,24 @@ class RWKV7(base.Mixer):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.n_heads, -1))
 
-    def _values(self, x: Tensor, side: dict[str, Tensor] | None) -> Tensor:
-        """v [... D] in the dtype of the state, mixed with those of the first layer; the first layer writes its own."""
+    def _values(self, x: Tensor, values: Mapping[str, Tensor] | None) -> Tensor:
+        """v [... D] in the dtype of the state, mixed with those of the first layer."""
         v = self.v_proj(x).to(state_dtype(x))
         if not self.reads_first:
-            if side is not None:
-                side.setdefault("v_first", v)
             return v
-        if side is None or "v_first" not in side:
+        if values is None or "v_first" not in values:
             raise ValueError(
-                f"RWKV-7 at layer {self.depth.layer} needs side['v_first'], the values of the first RWKV-7 layer; "
-                "hand one dict from layer to layer, or build it with value_residual=False where it comes first"
+                f"RWKV-7 at layer {self.depth.layer} needs values['v_first'], the values of the first RWKV-7 layer; "
+                "give it what that one handed on, or build it with value_residual=False where it comes first"
             )
-        return v + (side["v_first"] - v) * self.value(x).sigmoid()
+        return v + (values["v_first"] - v) * self.value(x).sigmoid()
+
+    def _returned(self, y: Tensor, after: State, parts: Parts, values: Mapping[str, Tensor] | None) -> Any:
+        """y and the state; for who gave values also what is handed on: v, where no layer before has."""
+        if values is None:
+            return y, after
+        mine = not self.reads_first and "v_first" not in values
+        return y, after, Handed({"v_first": parts.rule["v"].flatten(-2)}) if mine else NOTHING
 
     def _finish(self, y: Tensor, parts: Parts) -> Tensor:
         """Norm per head, the bonus of the current token, gate, projection."""
@@ -174,25 +180,27 @@ class RWKV7(base.Mixer):
         return self.out_proj(y.flatten(-2).to(parts.gate.dtype) * parts.gate)
 
     def forward(
-        self, x: Tensor, state: Any = None, *, starts: Tensor | None = None, side: dict[str, Tensor] | None = None
-    ) -> tuple[Tensor, State]:
-        """x [B T D] -> y [B T D], state; ``side`` holds the first layer's values [B T D]."""
+        self, x: Tensor, state: Any = None, *, starts: Tensor | None = None, values: Mapping[str, Tensor] | None = None
+    ) -> Any:
+        """x [B T D] -> y [B T D], state; where ``values`` (of the first layer [B T D]) are given, what it hands on."""
         before = self.begin(x, state, starts)
-        parts = self._parts(x, previous(x, before.last, starts), side)
+        parts = self._parts(x, previous(x, before.last, starts), values)
         y, memory = delta_rule(**parts.rule, state=before.memory, starts=starts)
-        return self._finish(y, parts), self.State(last=x[:, -1].clone(), memory=memory)
+        after = self.State(last=x[:, -1].clone(), memory=memory)
+        return self._returned(self._finish(y, parts), after, parts, values)
 
-    def step(self, x: Tensor, state: State, *, side: dict[str, Tensor] | None = None) -> tuple[Tensor, State]:
-        """x [B D] -> y [B D], state."""
+    def step(self, x: Tensor, state: State, *, values: Mapping[str, Tensor] | None = None) -> Any:
+        """x [B D] -> y [B D], state; see ``forward``."""
         before = self.begin(x, state)
-        parts = self._parts(x, before.last, side)
+        parts = self._parts(x, before.last, values)
         y, memory = delta_rule_step(**parts.rule, state=before.memory)
-        return self._finish(y, parts), self.State(last=x.clone(), memory=memory)
+        after = self.State(last=x.clone(), memory=memory)
+        return self._returned(self._finish(y, parts), after, parts, values)
 
-    def mixing(self, x: Tensor, side: dict[str, Tensor] | None = None) -> base.Mixing:
+    def mixing(self, x: Tensor, values: Mapping[str, Tensor] | None = None) -> base.Mixing:
         """See ``base.Mixer.mixing``: y before its norm, without the bonus; one matrix per head."""
         last = self.init_state(len(x)).last
-        rule = self._parts(x, previous(x, last, None), side).rule
+        rule = self._parts(x, previous(x, last, None), values).rule
         eye = base.identity_values(*rule["v"].shape[:3], like=rule["v"])
         matrix, _ = delta_rule(**{**rule, "v": eye})
         return base.Mixing(matrix.transpose(1, 2), rule["v"], delta_rule(**rule)[0])

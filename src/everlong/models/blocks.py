@@ -1,74 +1,65 @@
-"""What stands around the mixers and feed-forward blocks: norms, and the residual layer.
-
-A feed-forward block (``feedforward/``) obeys the contract of a mixer, ``(x, state) -> (y, state)``; one without memory
-has the empty tuple as its state. A layer is ``x + mixer(norm(x))``, then optionally ``x + mlp(norm(x))``.
-"""
+"""A layer: a sequence of blocks (``blocks/``), most often a residual mixer and a residual feed-forward."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import config
+from ..blocks import base as block_base
+from ..blocks.base import Norm
+from ..blocks.residual import Branch, Residual
+from ..call import NOTHING, Call, Handed
 from ..config import suggest
 from ..feedforward.base import FeedForward
 from ..feedforward.mlp import MLP
 from ..feedforward.swiglu import SwiGLU
 from ..mixers import base
-from ..ops.norm import STYLES, norm
 
 __all__ = ["MLP", "FeedForward", "Layer", "Norm", "SwiGLU", "pattern"]
 
 
-class Norm(nn.Module):
-    """RMSNorm ``w x / rms(x)`` or LayerNorm ``w (x - mean) / std + b`` over the last axis.
-
-    Computed at least in the dtype of x (fp32 for an fp32 residual), returned in the dtype of the weights.
-    """
-
-    KIND = "norm"
-
-    @dataclass(frozen=True, kw_only=True)
-    class Config(config.Config):
-        """``style`` is "rms" or "layer"."""
-
-        style: str = "rms"
-        eps: float = 1e-5
-
-        def __post_init__(self) -> None:
-            super().__post_init__()
-            if self.style not in STYLES:
-                raise ValueError(f"no norm {self.style!r}{suggest(self.style, STYLES)}")
-
-    def __init__(self, cfg: Config, d_model: int) -> None:
-        super().__init__()
-        self.cfg = cfg
-        self.weight = nn.Parameter(torch.ones(d_model))
-        self.bias = nn.Parameter(torch.zeros(d_model)) if cfg.style == "layer" else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [... D] -> [... D]."""
-        return norm(x, weight=self.weight, bias=self.bias, eps=self.cfg.eps, style=self.cfg.style)
-
-
-Norm.Config.owner = Norm
-
-
 class Layer(nn.Module):
-    """``x + mixer(norm(x))``, then ``x + mlp(norm(x))`` where there is an mlp. State: a pair of their states."""
+    """``x + mixer(norm(x))``, then ``x + mlp(norm(x))`` where there is an mlp; or any sequence of ``blocks``.
+
+    State: a tuple of the states of its blocks.
+    """
 
     KIND = "layer"
 
     @dataclass(frozen=True, kw_only=True)
     class Config(config.Config):
-        """Any mixer, and any feed-forward block or none."""
+        """Any mixer, and any feed-forward block or none; or ``blocks`` instead of them."""
 
-        mixer: base.Config
+        mixer: base.Config | None = None
         mlp: base.Config | None = None
         norm: Norm.Config = field(default_factory=Norm.Config)
+        blocks: tuple[block_base.Config, ...] = ()
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if bool(self.blocks) == (self.mixer is not None) or (self.blocks and self.mlp is not None):
+                raise ValueError(
+                    "a layer is a mixer, with an mlp or without, or a tuple of blocks; give one of the two"
+                )
+
+        def sequence(self) -> tuple[block_base.Config, ...]:
+            """The blocks, written out."""
+            inner = (part for part in (self.mixer, self.mlp) if part is not None)
+            return self.blocks or tuple(Residual.Config(inner=part, norm=self.norm) for part in inner)
+
+        def mixers(self) -> Iterator[base.Config]:
+            """The configurations of the mixers and feed-forwards, in order."""
+            for block in self.sequence():
+                yield from block.mixers()
+
+        def to_dict(self) -> dict[str, Any]:
+            """Plain JSON data: the mixer with what belongs to it, or the blocks."""
+            unused = ("mixer", "mlp", "norm") if self.blocks else ("blocks",)
+            return {name: value for name, value in super().to_dict().items() if name not in unused}
 
         def build(self, d_model: int, depth: base.Depth = base.Depth()) -> Layer:
             """The layer for inputs of width ``d_model``."""
@@ -76,48 +67,47 @@ class Layer(nn.Module):
 
     def __init__(self, cfg: Config, d_model: int, depth: base.Depth = base.Depth()) -> None:
         super().__init__()
-        self.mixer_norm = cfg.norm.build(d_model)
-        self.mixer = cfg.mixer.build(d_model, depth)
-        self.mlp_norm = cfg.norm.build(d_model) if cfg.mlp else None
-        self.mlp = cfg.mlp.build(d_model, depth) if cfg.mlp else None
+        self.sequence = self.mixer_norm = self.mixer = self.mlp_norm = self.mlp = None
+        if cfg.blocks:
+            self.sequence = nn.ModuleList(block.build(d_model, depth) for block in cfg.blocks)
+            return
+        assert cfg.mixer is not None
+        self.mixer_norm, self.mixer = cfg.norm.build(d_model), cfg.mixer.build(d_model, depth)
+        if cfg.mlp is not None:
+            self.mlp_norm, self.mlp = cfg.norm.build(d_model), cfg.mlp.build(d_model, depth)
 
-    def _blocks(self) -> list[tuple[Any, Any]]:
-        return [(self.mixer_norm, self.mixer)] + ([(self.mlp_norm, self.mlp)] if self.mlp else [])
+    @property
+    def blocks(self) -> list[Any]:
+        """The blocks, in order."""
+        if self.sequence is not None:
+            return list(self.sequence)
+        pairs = [(self.mixer_norm, self.mixer), (self.mlp_norm, self.mlp)]
+        return [Branch(norm, inner) for norm, inner in pairs if inner is not None]
+
+    def mixers(self) -> Iterator[base.Mixer]:
+        """The mixers and feed-forwards inside, in order."""
+        for block in self.blocks:
+            yield from block.mixers()
 
     def init_state(self, batch: int) -> tuple[Any, ...]:
-        """The states of the mixer and of the mlp before the first token."""
-        return tuple(block.init_state(batch) for _, block in self._blocks())
+        """The states of the blocks before the first token."""
+        return tuple(block.init_state(batch) for block in self.blocks)
 
-    def forward(
-        self, x: Tensor, state: tuple[Any, ...], *, starts: Tensor | None, side: dict[str, Tensor]
-    ) -> tuple[Tensor, tuple[Any, ...]]:
-        """x [B T D] -> y [B T D], state. ``side`` travels from layer to layer of one call."""
-        after = []
-        for (prenorm, block), before in zip(self._blocks(), state, strict=True):
-            extra = {"side": side} if block.side else {}
-            y, kept = block(prenorm(x), before, starts=starts, **extra)
-            x = x + y
-            after.append(kept)
-        return x, tuple(after)
-
-    def step(self, x: Tensor, state: tuple[Any, ...], *, side: dict[str, Tensor]) -> tuple[Tensor, tuple[Any, ...]]:
-        """x [B D] -> y [B D], state."""
-        after = []
-        for (prenorm, block), before in zip(self._blocks(), state, strict=True):
-            y, kept = block.step(prenorm(x), before, **({"side": side} if block.side else {}))
-            x = x + y
-            after.append(kept)
-        return x, tuple(after)
-
-    def workspace(self, state: tuple[Any, ...]) -> list[base.Workspace]:
+    def workspace(self, state: tuple[Any, ...]) -> block_base.Workspaces:
         """The workspaces of the blocks, which begin with ``state``."""
-        return [block.workspace(before) for (_, block), before in zip(self._blocks(), state, strict=True)]
+        return block_base.Workspaces(self.blocks, state)
 
-    def step_(self, x: Tensor, work: list[base.Workspace], *, side: dict[str, Tensor]) -> Tensor:
-        """``step`` for the owner of a workspace, in place: x [B D] -> y [B D]."""
-        for (prenorm, block), own in zip(self._blocks(), work, strict=True):
-            x = x + block.step_(prenorm(x), own, **({"side": side} if block.side else {}))
-        return x
+    def forward(self, x: Tensor, state: Any, call: Call = Call()) -> tuple[Tensor, Any, Handed]:
+        """x [B T D] -> x [B T D], state, what its blocks hand on; [B D] in a call of single tokens.
+
+        In the way "step_", ``state`` is a workspace, which is written in place.
+        """
+        after, all_handed = [], NOTHING
+        for block, kept in zip(self.blocks, state, strict=True):
+            x, kept, handed = block(x, kept, call)
+            call, all_handed = call.after(handed), all_handed.plus(handed)
+            after.append(kept)
+        return x, state if call.way == "step_" else tuple(after), all_handed
 
 
 Layer.Config.owner = Layer
@@ -126,11 +116,13 @@ Layer.Config.owner = Layer
 def pattern(letters: str, **layers: Any) -> tuple[Layer.Config, ...]:
     """A tuple of layers from a string of single letters: ``pattern("mmma", m=..., a=...) * 4``.
 
-    Each letter names a ``Layer.Config``, or a mixer's config that becomes a layer without an mlp.
-    ``ValueError`` for a letter that is not given.
+    Each letter names a ``Layer.Config``, a block's config that becomes a layer alone, or a mixer's config that becomes
+    a layer without an mlp. ``ValueError`` for a letter that is not given.
     """
     made = {}
     for letter, layer in layers.items():
+        if isinstance(layer, block_base.Config):
+            layer = Layer.Config(blocks=(layer,))
         made[letter] = layer if isinstance(layer, Layer.Config) else Layer.Config(mixer=layer)
     for letter in letters:
         if letter not in made:

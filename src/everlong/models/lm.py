@@ -6,9 +6,9 @@ the pytree of the layers' states and the position of each row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import config, shapes
 from .. import state as states
+from ..blocks import shared
+from ..blocks.base import ORDER, Workspaces
+from ..call import EMBEDDINGS, NOTHING, Call
 from ..mixers import base
 from ..ops.linear import Linear, linear
 from ..ops.native import waiting
@@ -26,6 +29,14 @@ from .packed import PackedEmbedding, PackedLinear
 from .sizes import check_fits
 
 LOSS_LOGITS = 2**24  # logits held at once by the loss, at most
+
+
+class Read(NamedTuple):
+    """What a model makes of tokens before its head."""
+
+    x: Tensor  # [B T D] hidden states, behind the last norm
+    state: Any
+    losses: Mapping[str, Tensor]  # of its blocks, by name: scalars that training adds to its loss
 
 
 class LanguageModel(nn.Module):
@@ -60,22 +71,29 @@ class LanguageModel(nn.Module):
             for layer in self.layers:
                 if not isinstance(layer, Layer.Config):
                     raise ValueError(f"layers holds {layer!r}, expected Layer.Config(mixer=..., mlp=...)")
-            self._check_side()
+            self._check_values()
             super().__post_init__()
 
-        def _check_side(self) -> None:
-            """Every layer finds the values that it shares with others."""
-            there: set[str] = set()
+        def _check_values(self) -> None:
+            """Every block finds the values that it reads."""
+            there = {EMBEDDINGS}
             for index, layer in enumerate(self.layers):
                 depth = base.Depth(index, len(self.layers))
-                for block in filter(None, (layer.mixer, layer.mlp)):
-                    missing = [name for name in block.reads(depth) if name not in there]
+                for block in layer.sequence():
+                    missing = [name for name in block.needs(depth) if name not in there]
                     if missing:
+                        kinds = ", ".join(mixer.kind for mixer in block.mixers())
                         raise ValueError(
-                            f"layers[{index}] ({block.kind}) reads {missing[0]!r}, which no layer before it writes; "
-                            "the first of a kind that shares values must write them (RWKV-7: value_residual=False)"
+                            f"layers[{index}] ({kinds}) reads {missing[0]!r}, which no block before it hands on; "
+                            "the first of a kind that shares values must hand them on (RWKV-7: value_residual=False)"
                         )
-                    there.update(block.writes(depth))
+                    there.update(block.gives(depth))
+
+        def reads_embeddings(self) -> bool:
+            """Whether any block reads the embedded tokens beside the stream."""
+            total = len(self.layers)
+            depths = ((layer, base.Depth(index, total)) for index, layer in enumerate(self.layers))
+            return any(EMBEDDINGS in block.needs(depth) for layer, depth in depths for block in layer.sequence())
 
         def build(self) -> LanguageModel:
             """The model, at its initial values. ``ValueError``, with the sizes, where memory does not hold it."""
@@ -99,9 +117,12 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(cfg.vocab_size, cfg.d_model)
         nn.init.normal_(self.embedding.weight, std=cfg.embed_std)
         self.embed_norm = cfg.embed_norm.build(cfg.d_model) if cfg.embed_norm else None
-        self.layers: Any = nn.ModuleList(
-            layer.build(cfg.d_model, base.Depth(index, total)) for index, layer in enumerate(cfg.layers)
-        )
+        self.layers: Any = nn.ModuleList()
+        for index, layer in enumerate(cfg.layers):
+            self.layers.append(layer.build(cfg.d_model, base.Depth(index, total)))
+            if any(isinstance(part, shared.Shared) for part in self.layers[-1].modules()):
+                shared.tie(self.layers)  # at once: memory holds one copy
+        self._reads_embeddings = cfg.reads_embeddings()
         self.norm = cfg.norm.build(cfg.d_model)
         self.head = None if cfg.tied else Linear(cfg.d_model, cfg.vocab_size, bias=False)
         if self.head is not None:
@@ -113,13 +134,20 @@ class LanguageModel(nn.Module):
         for module in self.modules():  # before anything is converted
             if isinstance(module, PackedLinear):
                 module.check_move(fn)
-        return super()._apply(fn, recurse)
+        moved = super()._apply(fn, recurse)
+        shared.tie(self.layers)
+        return moved
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """See ``nn.Module.load_state_dict``; blocks that share weights do so behind it too."""
+        found = super().load_state_dict(*args, **kwargs)
+        shared.tie(self.layers)
+        return found
 
     @property
     def memory(self) -> str:
         """The fastest growth among the layers: none, constant, window or linear."""
-        order = ("none", "constant", "window", "linear")
-        return max((block.memory for layer in self.layers for _, block in layer._blocks()), key=order.index)
+        return max((block.memory for layer in self.layers for block in layer.blocks), key=ORDER.index)
 
     def init_state(self, batch: int) -> State:
         """The state before the first token, for ``batch`` rows."""
@@ -161,21 +189,26 @@ class LanguageModel(nn.Module):
             return self.embedding.weight
         return self.embedding(torch.arange(self.cfg.vocab_size, device=next(self.embedding.parameters()).device))
 
-    def hidden(
-        self, tokens: Tensor, state: State | None = None, *, starts: Tensor | None = None
-    ) -> tuple[Tensor, State]:
-        """Everything but the head: tokens [B T] -> normalised hidden states [B T D], state."""
+    def hidden(self, tokens: Tensor, state: State | None = None, *, starts: Tensor | None = None) -> Read:
+        """Everything but the head: tokens [B T] -> hidden states [B T D], state, losses of the blocks."""
         if not torch.compiler.is_compiling():
             waiting.look()
         before = self._begin(tokens, state, starts)
-        x, side, after = self.embed(tokens), {}, []  # type: ignore[var-annotated]
-        for layer, kept in zip(self.layers, before.layers, strict=True):
-            x, kept = layer(x, kept, starts=starts, side=side)
-            after.append(kept)
+        x, layers, losses = self._run(self.embed(tokens), before.layers, Call("forward", starts))
         position = before.position + tokens.shape[1]
         if starts is not None:
             position = torch.where(starts.any(dim=1), starts.flip(1).long().argmax(dim=1) + 1, position)
-        return self.norm(x), self.State(layers=tuple(after), position=position)
+        return Read(self.norm(x), self.State(layers=layers, position=position), losses)
+
+    def _run(self, x: Tensor, state: Any, call: Call) -> tuple[Tensor, tuple[Any, ...], Mapping[str, Tensor]]:
+        """The layers one after another, each with what those before it have handed on."""
+        call = call._replace(values={EMBEDDINGS: x}) if self._reads_embeddings else call
+        after, all_handed = [], NOTHING
+        for layer, kept in zip(self.layers, state, strict=True):
+            x, kept, handed = layer(x, kept, call)
+            call, all_handed = call.after(handed), all_handed.plus(handed)
+            after.append(kept)
+        return x, tuple(after), all_handed.losses
 
     def _begin(self, tokens: Tensor, state: State | None, starts: Tensor | None) -> State:
         batch, time = shapes.dims("tokens B T", tokens)
@@ -192,8 +225,8 @@ class LanguageModel(nn.Module):
         self, tokens: Tensor, state: State | None = None, *, starts: Tensor | None = None
     ) -> tuple[Tensor, State]:
         """tokens [B T] -> logits [B T vocab], state. ``starts`` bool [B T] begins documents."""
-        hidden, after = self.hidden(tokens, state, starts=starts)
-        return self.logits(hidden), after
+        read = self.hidden(tokens, state, starts=starts)
+        return self.logits(read.x), read.state
 
     def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """One token per row: tokens [B] -> logits [B vocab], state. ``state`` is not changed."""
@@ -201,11 +234,8 @@ class LanguageModel(nn.Module):
         _check_ids(tokens)
         if not isinstance(state, self.State):
             raise ValueError(f"state is {type(state).__name__}, expected that of init_state(batch) or another call")
-        x, side, after = self.embed(tokens), {}, []  # type: ignore[var-annotated]
-        for layer, kept in zip(self.layers, state.layers, strict=True):
-            x, kept = layer.step(x, kept, side=side)
-            after.append(kept)
-        return self.logits(self.norm(x)), self.State(layers=tuple(after), position=state.position + 1)
+        x, layers, _ = self._run(self.embed(tokens), state.layers, Call("step"))
+        return self.logits(self.norm(x)), self.State(layers=layers, position=state.position + 1)
 
     def workspace(self, state: State) -> Workspace:
         """A workspace that begins with ``state``, which is not changed."""
@@ -216,19 +246,18 @@ class LanguageModel(nn.Module):
         """``step`` for the owner of a ``workspace``, written in place: tokens [B] -> logits [B vocab]."""
         shapes.dims("tokens B", tokens)
         _check_ids(tokens)
-        x, side = self.embed(tokens), {}  # type: ignore[var-annotated]
-        for layer, own in zip(self.layers, work.layers, strict=True):
-            x = layer.step_(x, own, side=side)
+        x, _, _ = self._run(self.embed(tokens), work.layers, Call("step_"))
         work.position = work.position + 1
         return self.logits(self.norm(x))
 
     def loss(self, tokens: Tensor, targets: Tensor, *, starts: Tensor | None = None, reduction: str = "mean") -> Tensor:
         """Cross-entropy in nats of ``targets [B T]`` (-100 = not counted), reduced by "mean", "sum" or "none".
 
+        While the model is in training, the losses of its blocks are added to each counted token's; not to "none".
         The logits of a large vocabulary are never held all at once: pieces of tokens are recomputed in backward.
         """
-        hidden, _ = self.hidden(tokens, starts=starts)
-        rows, wanted = hidden.flatten(0, 1), targets.flatten()
+        read = self.hidden(tokens, starts=starts)
+        rows, wanted = read.x.flatten(0, 1), targets.flatten()
         size = 1 << (max(1, LOSS_LOGITS // self.cfg.vocab_size).bit_length() - 1)  # one piece of ``ops/linear``
         if len(rows) <= size:
             losses = self._losses(rows, wanted)
@@ -241,7 +270,11 @@ class LanguageModel(nn.Module):
             )
         if reduction == "none":
             return losses.view_as(targets)
-        return losses.sum() if reduction == "sum" else losses.sum() / (wanted != -100).sum().clamp_min(1)
+        count = (wanted != -100).sum()
+        total = losses.sum()
+        for extra in read.losses.values() if self.training else ():
+            total = total + count * extra
+        return total if reduction == "sum" else total / count.clamp_min(1)
 
     def _losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         logits = self.logits(hidden)
@@ -253,25 +286,24 @@ class LanguageModel(nn.Module):
         shapes.dims("tokens B T", tokens)
         if piece < 1:
             raise ValueError(f"piece must be at least 1 token, got {piece}")
-        hidden = None
+        x = None
         for part in tokens.split(piece, dim=1):
-            hidden, state = self.hidden(part, state)
-        if hidden is None or state is None:
+            x, state, _ = self.hidden(part, state)
+        if x is None or state is None:
             raise ValueError("tokens are empty (T = 0); give at least one token")
-        return self.logits(hidden[:, -1]), state
+        return self.logits(x[:, -1]), state
 
 
 class Workspace:
     """The state of a model that one owner goes on from in place, token by token (``LanguageModel.step_``)."""
 
     def __init__(self, model: LanguageModel, state: LanguageModel.State) -> None:
-        self.layers = [layer.workspace(kept) for layer, kept in zip(model.layers, state.layers, strict=True)]
-        self.position, self._kind = state.position, type(state)
+        self.layers, self._kind = Workspaces(model.layers, state.layers), type(state)
+        self.position = state.position
 
     def state(self) -> LanguageModel.State:
         """A copy of the state, as ``step`` would return it."""
-        layers = tuple(tuple(block.state() for block in layer) for layer in self.layers)
-        return self._kind(layers=layers, position=self.position.clone())
+        return self._kind(layers=self.layers.state(), position=self.position.clone())
 
 
 def shapes_of(module: nn.Module) -> dict[str, torch.Size]:

@@ -123,9 +123,12 @@ def _replace(model: LanguageModel, format: str, make: Callable[[Place], PackedLi
     model.weights = format
     if MISSING is not None:
         warnings.warn(f"{format} weights save memory but no time here: {MISSING}", RuntimeWarning, stacklevel=3)
+    made: dict[int, PackedLinear] = {}
     for place in found:
         parent, _, name = place.path.rpartition(".")
-        setattr(model.get_submodule(parent), name, make(place))
+        weight = id(place.module.weight)
+        made[weight] = made.get(weight) or make(place)  # blocks that share a map share the packed one
+        setattr(model.get_submodule(parent), name, made[weight])
     model._built = shapes_of(model)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import state as states
+from ..blocks import shared
 from ..config import Config
 from ..machine import available_memory, in_words, require_memory
 from ..mixers import base
@@ -41,12 +42,16 @@ def size(cfg: LanguageModel.Config, most: int | None = None) -> Size:
     rows = cfg.vocab_size * (1 if cfg.tied else 2)
     rows += sum(2 if norm.style == "layer" else 1 for norm in (cfg.norm, cfg.embed_norm) if norm is not None)
     total = Size(rows * cfg.d_model, rows * cfg.d_model * torch.get_default_dtype().itemsize, 8)
-    seen: dict[Any, Size] = {}
+    seen: dict[Any, tuple[Size, dict[str, Size]]] = {}
+    common: dict[str, Size] = {}  # of shared blocks, which are there once
     for index, layer in enumerate(cfg.layers):
         key = (_key(layer), index > 0)  # RWKV-7's first layer differs from the others
         if key not in seen:
             seen[key] = _layer(layer, index, cfg.d_model, most)
-        total = total.plus(seen[key])
+        total = total.plus(seen[key][0])
+        common |= seen[key][1]
+    for part in common.values():
+        total = total.plus(part)
     if most is not None and total.parameters > most:
         raise ValueError(f"it asks for {total.parameters:,} parameters, where there are at most {most:,}")
     return total
@@ -60,7 +65,7 @@ def _key(layer: Any) -> Any:
     return layer
 
 
-def _layer(layer: Any, index: int, d_model: int, most: int | None) -> Size:
+def _layer(layer: Any, index: int, d_model: int, most: int | None) -> tuple[Size, dict[str, Size]]:
     build = _built if _key(layer) is layer else _built.__wrapped__
     try:
         return build(layer, index > 0, d_model, most, torch.get_default_dtype())
@@ -68,21 +73,33 @@ def _layer(layer: Any, index: int, d_model: int, most: int | None) -> Size:
         if isinstance(error, TypeError) and "verflow" not in str(error):
             raise  # a fault in the layer's own code
         said = str(error).strip().partition("\n")[0][:200]
+        kinds = ", ".join(mixer.kind for mixer in layer.mixers())
         raise ValueError(
-            f"layer {index} ({layer.mixer.kind}) cannot be built at width {d_model:,}: {said}; "
-            "are its options of a sensible size?"
+            f"layer {index} ({kinds}) cannot be built at width {d_model:,}: {said}; are its options of a sensible size?"
         ) from error
 
 
 @lru_cache(4096)  # a search for a model of some size asks for hundreds that share their layers
-def _built(layer: Any, later: bool, d_model: int, most: int | None, dtype: torch.dtype) -> Size:
-    """The size of a first layer, or of a later one, made without memory under the default ``dtype``."""
+def _built(layer: Any, later: bool, d_model: int, most: int | None, dtype: torch.dtype) -> tuple[Size, dict[str, Size]]:
+    """The sizes of a first layer, or of a later one, and of what it shares by name; made without memory."""
     with torch.device("meta"), _few_tensors():
         built = layer.build(d_model, base.Depth(1 if later else 0, 2))
-        parameters = list(built.parameters())
-        count = sum(p.numel() for p in parameters)
+        shared.tie(built)
+        common: dict[str, list[nn.Parameter]] = {}
+        for module in built.modules():
+            if isinstance(module, shared.Shared):
+                names = set(module.common())
+                common[module.cfg.name] = [p for name, p in module.named_parameters() if name in names]
+        inside = {id(p) for found in common.values() for p in found}
+        parameters = [p for p in built.parameters() if id(p) not in inside]
+        parts = {name: _size(found, 0) for name, found in common.items()}
+        count = sum(p.numel() for p in built.parameters())
         kept = 0 if most is not None and count > most else states.nbytes(built.init_state(1))
-    return Size(count, sum(p.numel() * p.dtype.itemsize for p in parameters), kept)
+    return _size(parameters, kept), parts
+
+
+def _size(parameters: list[nn.Parameter], kept: int) -> Size:
+    return Size(sum(p.numel() for p in parameters), sum(p.numel() * p.dtype.itemsize for p in parameters), kept)
 
 
 @contextmanager
@@ -152,7 +169,7 @@ def check_training(cfg: LanguageModel.Config, rows: int, batch: int, context: in
     if 4 * rows * context * cfg.d_model * len(cfg.layers) < 2**28 and _surely_small(cfg):
         return
     parameters = size(cfg).parameters
-    blocks = sum(2 if layer.mlp is not None else 1 for layer in cfg.layers)
+    blocks = sum(len(list(layer.mixers())) for layer in cfg.layers)
     held = rows * context * cfg.d_model * blocks * 2  # the input of every norm, in bf16 or more
     data = batch * context * 17  # ids, targets, and where documents begin
     require_memory(

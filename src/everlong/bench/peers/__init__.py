@@ -55,7 +55,7 @@ def engine(name: str, model: LanguageModel, weights: str, *, tokens: int, batch:
 
 def mixer_of(model: LanguageModel) -> str:
     """The name of the mixer of all layers; ``Unavailable`` for a hybrid, which no peer gets from us."""
-    kinds = {layer.mixer.kind for layer in model.cfg.layers}
+    kinds = {next(layer.mixers()).kind for layer in model.cfg.layers}
     if len(kinds) != 1:
         raise Unavailable(f"a hybrid of {' and '.join(sorted(kinds))} is not carried over to peers")
     return kinds.pop()
