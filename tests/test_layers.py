@@ -306,6 +306,36 @@ def test_what_is_wrong_is_said():
     assert pattern("ab", a=res(MAMBA), b=MLP)[0] == layer(res(MAMBA))
 
 
+@pytest.mark.parametrize("pre", [False, True])
+@torch.no_grad()
+def test_a_hook_on_a_block_or_a_layer_counts_in_every_way(pre):
+    for path in ("layers.1", "layers.1.sequence.0"):
+        model = built("scales")
+        part = model.get_submodule(path)
+        if pre:
+            part.register_forward_pre_hook(lambda module, given: (given[0] + 1, *given[1:]))
+        else:
+            part.register_forward_hook(lambda module, given, out: (1.5 * out[0], *out[1:]))
+        want, _ = model(TOKENS[:2, :4])
+        assert not torch.allclose(want, built("scales")(TOKENS[:2, :4])[0])
+        decoder, state = Decoder(model, 2), model.init_state(2)
+        for t in range(4):
+            logits, state = model.step(TOKENS[:2, t], state)
+            numerics.assert_close(logits, want[:, t], f"{path} step {t}")
+            numerics.assert_close(decoder.step(TOKENS[:2, t]), want[:, t], f"{path} decoded {t}")
+        found = dict(decoder.explain())
+        assert native.MISSING or list(found) == (["model"] if path == "layers.1" else ["layers.1.0"])
+        assert native.MISSING or "forward hook" in next(iter(found.values()))
+
+
+def test_a_configuration_nested_without_end_is_refused():
+    data = {"kind": "residual", "inner": {"kind": "mlp"}}
+    for _ in range(3000):
+        data = {"kind": "aside", "name": "a", "block": data}
+    with pytest.raises(ValueError, match="nested too deeply"):
+        Layer.Config.from_dict({"kind": "layer", "blocks": [data]})
+
+
 def test_every_block_in_its_room_is_a_block():
     for name in names("blocks"):
         found = kind(name)

@@ -90,6 +90,8 @@ class Config:
             return cls(**{name: _typed(value, hints[name], name) for name, value in values.items()})
         except (TypeError, ArithmeticError, AttributeError) as error:
             raise ValueError(f"{cls.__qualname__}: {error}") from error
+        except RecursionError:
+            raise ValueError(f"{cls.__qualname__} is nested too deeply, one block inside another") from None
 
 
 def _refuse_unknown(cls: type[Config], values: dict[str, Any]) -> None:

@@ -57,9 +57,13 @@ class Player:
         """A block's own step, on values in the program's memory."""
         block = self.recording.blocks[index]
         given = {k: value[:rows].to(dtype) if dtype else value for k, (value, dtype) in self.values[index].items()}
-        x = self.x[index][:rows]
-        y, _, handed = block.block.branch(x.to(block.dtype), work, Call("step_", values=given))
-        x.add_(y) if block.block.additive else x.copy_(block.block.join(x, y))
+        x, call = self.x[index][:rows], Call("step_", values=given)
+        if getattr(block.block, "_forward_hooks", None) or getattr(block.block, "_forward_pre_hooks", None):
+            out, _, handed = block.block(x.to(block.dtype), work, call)
+            x.copy_(out)
+        else:  # the sum keeps the digits of the stream in memory
+            y, _, handed = block.block.branch(x.to(block.dtype), work, call)
+            x.add_(y) if block.block.additive else x.copy_(block.block.join(x, y))
         for name, (value, dtype) in self.values[index].items():
             if dtype and given[name] is not value:
                 value[:rows].copy_(given[name])  # it may have changed in place
