@@ -309,7 +309,7 @@ def test_what_is_wrong_is_said():
 @pytest.mark.parametrize("pre", [False, True])
 @torch.no_grad()
 def test_a_hook_on_a_block_or_a_layer_counts_in_every_way(pre):
-    for path in ("layers.1", "layers.1.sequence.0"):
+    for path in ("layers.1", "layers.1.blocks.0"):
         model = built("scales")
         part = model.get_submodule(path)
         if pre:

@@ -6,7 +6,7 @@ blocks behind it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
@@ -58,3 +58,16 @@ def ask(mixer: Any, x: Tensor, state: Any, call: Call) -> tuple[Tensor, Any, Han
         made = mixer.step_(x, state, **given)
         return (made[0], state, made[1]) if given else (made, state, NOTHING)
     return made if given else (*made, NOTHING)
+
+
+def through(parts: Iterable[Any], x: Tensor, state: Any, call: Call) -> tuple[Tensor, tuple[Any, ...], Handed]:
+    """Layers or blocks one after another: each gets what those before it have handed on.
+
+    x, their states (or workspaces), and all that was handed on.
+    """
+    after, all_handed = [], NOTHING
+    for part, kept in zip(parts, state, strict=True):
+        x, kept, handed = part(x, kept, call)
+        call, all_handed = call.after(handed), all_handed.plus(handed)
+        after.append(kept)
+    return x, tuple(after), all_handed

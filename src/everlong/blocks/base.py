@@ -128,6 +128,49 @@ class Block:
             yield name or type(self).__name__, module, id(module) not in stepped
 
 
+@dataclass(frozen=True, kw_only=True)
+class AroundConfig(Config):
+    """Base of the options of a block around another one."""
+
+    block: Config
+
+    def mixers(self) -> Iterator[base.Config]:
+        """Those of the block inside."""
+        return self.block.mixers()
+
+    def needs(self, depth: base.Depth) -> tuple[str, ...]:
+        """What the block inside needs."""
+        return self.block.needs(depth)
+
+    def gives(self, depth: base.Depth) -> tuple[str, ...]:
+        """What the block inside hands on."""
+        return self.block.gives(depth)
+
+
+class Around(Block, nn.Module):
+    """A block around another one, ``block``, which it computes, and whose state is its own."""
+
+    def __init__(self, cfg: Any, d_model: int, depth: base.Depth = base.Depth()) -> None:
+        super().__init__()
+        self.cfg, self.block = cfg, cfg.block.build(d_model, depth)
+
+    def mixers(self) -> Iterator[base.Mixer]:
+        """Those of the block inside."""
+        return self.block.mixers()  # type: ignore[no-any-return]
+
+    def init_state(self, batch: int) -> Any:
+        """The state of the block inside before the first token."""
+        return self.block.init_state(batch)
+
+    def workspace(self, state: Any) -> Any:
+        """The workspace of the block inside."""
+        return self.block.workspace(state)
+
+    def branch(self, x: Tensor, state: Any, call: Call) -> tuple[Tensor, Any, Handed]:
+        """x [... D] -> what the branch of the block inside gives."""
+        return self.block.branch(x, state, call)  # type: ignore[no-any-return]
+
+
 class Workspaces:
     """The workspaces of several blocks, one after another."""
 

@@ -89,7 +89,6 @@ class Residual(Inner, nn.Module):
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            object.__setattr__(self, "reads", tuple(self.reads))
             if self.combine not in COMBINE:
                 raise ValueError(f"combine is {self.combine!r}{suggest(self.combine, COMBINE)}")
 

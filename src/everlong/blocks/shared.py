@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ..call import Call, Handed
 from ..config import suggest
 from ..mixers import base as contract
 from ..ops.linear import Linear
@@ -34,7 +33,7 @@ class Adapted(nn.Module):
         return self.base_layer(x) + self.up(self.down(x))
 
 
-class Shared(base.Block, nn.Module):
+class Shared(base.Around):
     """All blocks of one ``name`` in a model have the same parameters (Zamba, arXiv 2405.16712), each its own state.
 
     A place has for itself what ``own`` names, and for the linear maps named in ``adapted`` a low-rank map beside the
@@ -42,33 +41,19 @@ class Shared(base.Block, nn.Module):
     """
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(base.Config):
+    class Config(base.AroundConfig):
         """The block, which parts of it each place has for itself, and the rank of adapters."""
 
         name: str
-        block: base.Config
         own: tuple[str, ...] = ()
         adapted: tuple[str, ...] = ()
         rank: int = 8
-
-        def mixers(self) -> Iterator[contract.Config]:
-            """Those of the block."""
-            return self.block.mixers()
-
-        def needs(self, depth: contract.Depth) -> tuple[str, ...]:
-            """What the block needs."""
-            return self.block.needs(depth)
-
-        def gives(self, depth: contract.Depth) -> tuple[str, ...]:
-            """What the block hands on."""
-            return self.block.gives(depth)
 
     APART: ClassVar = ("down", "up")  # of an adapter
     cfg: Config
 
     def __init__(self, cfg: Config, d_model: int, depth: contract.Depth = contract.Depth()) -> None:
-        super().__init__()
-        self.cfg, self.block = cfg, cfg.block.build(d_model, depth)
+        super().__init__(cfg, d_model, depth)
         self.additive = self.block.additive
         names = [name for name, _ in (*self.block.named_modules(), *self.block.named_parameters()) if name]
         for entry in (*cfg.own, *cfg.adapted):
@@ -96,22 +81,6 @@ class Shared(base.Block, nn.Module):
             for table in ("_parameters", "_buffers"):
                 if getattr(theirs, table).get(leaf) is not None:
                     getattr(mine, table)[leaf] = getattr(theirs, table)[leaf]
-
-    def mixers(self) -> Iterator[contract.Mixer]:
-        """Those of the block."""
-        return self.block.mixers()  # type: ignore[no-any-return]
-
-    def init_state(self, batch: int) -> Any:
-        """The state of this place before the first token."""
-        return self.block.init_state(batch)
-
-    def workspace(self, state: Any) -> Any:
-        """The workspace of this place."""
-        return self.block.workspace(state)
-
-    def branch(self, x: Tensor, state: Any, call: Call) -> tuple[Tensor, Any, Handed]:
-        """x [... D] -> the block's branch [... D], its state, what it hands on."""
-        return self.block.branch(x, state, call)  # type: ignore[no-any-return]
 
     def join(self, x: Tensor, y: Tensor) -> Tensor:
         """As the block does."""

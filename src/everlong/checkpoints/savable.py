@@ -78,7 +78,7 @@ def _check_config(model: LanguageModel) -> None:
         if cfg.blocks:
             blocks: Any = layer.blocks
             parts = [("blocks", layer, cfg)] if len(blocks) != len(cfg.blocks) else []
-            parts += [(f"sequence.{i}", *pair) for i, pair in enumerate(zip(blocks, cfg.blocks, strict=False))]
+            parts += [(f"blocks.{i}", *pair) for i, pair in enumerate(zip(blocks, cfg.blocks, strict=False))]
         for part, ours, theirs in parts:
             if getattr(ours, "cfg", None) != theirs:
                 raise ValueError(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import state as states
 from ..call import Call
@@ -14,7 +14,7 @@ from ..mixers import base
 from ..models.lm import LanguageModel
 from ..ops.native.program import Instance
 from .memory import Memory
-from .recording import Recording, Where
+from .recording import Recording, Where, hooked
 
 
 class Player:
@@ -31,7 +31,10 @@ class Player:
         self.out = [self.instance.view(block.out, rows) for block in recording.blocks]
         blocks = recording.blocks
         self.values = [{name: self._value(*value) for name, value in block.values.items()} for block in blocks]
-        self.made = [{name: self._value(*value) for name, value in block.made.items()} for block in blocks]
+        self.made = [
+            {name: self.instance.view(*value) for name, (value, dtype) in block.made.items() if dtype}
+            for block in blocks
+        ]
         self.gives = [{name: self.instance.view(*value) for name, value in block.gives.items()} for block in blocks]
 
     def _value(self, value: Any, dtype: torch.dtype | None) -> tuple[Any, torch.dtype | None]:
@@ -58,7 +61,7 @@ class Player:
         block = self.recording.blocks[index]
         given = {k: value[:rows].to(dtype) if dtype else value for k, (value, dtype) in self.values[index].items()}
         x, call = self.x[index][:rows], Call("step_", values=given)
-        if getattr(block.block, "_forward_hooks", None) or getattr(block.block, "_forward_pre_hooks", None):
+        if isinstance(block.block, nn.Module) and hooked(block.block):
             out, _, handed = block.block(x.to(block.dtype), work, call)
             x.copy_(out)
         else:  # the sum keeps the digits of the stream in memory
@@ -85,9 +88,8 @@ class Player:
                 continue
             given = self._given(index)
             self.instance.run(block.begin, block.end, tokens)
-            out = self.out[index] - given[0] if block.block.additive else self.out[index].clone()
-            handed = {name: value.clone() if dtype else value for name, (value, dtype) in self.made[index].items()}
-            made = out, self.after(index), tuple(handed[name] for name in sorted(handed) if self.made[index][name][1])
+            out = self.out[index] - given[0] if block.block.additive else self.out[index]
+            made = out, self.after(index), tuple(self.made[index].values())
             if not alike(made, self._asked(index, *given)) and not (
                 recording.half and alike(made, self._asked(index, *given, wide=True))
             ):
@@ -122,7 +124,7 @@ class Player:
         self, index: int, x: Tensor, state: Any, values: dict[str, Any], *, wide: bool = False
     ) -> tuple[Tensor, Any, tuple[Tensor, ...]]:
         """What the step of a block makes of them, in the model's dtypes, or ``wide`` with all of it in fp32."""
-        block, made = self.recording.blocks[index], self.made[index]
+        block = self.recording.blocks[index]
         asked = block.block.widened() if wide else block.block
         if wide:
             pairs = zip(states.leaves(state), states.leaves(asked.init_state(0)), strict=True)
@@ -133,4 +135,4 @@ class Player:
         x = x.to(torch.float32 if wide else block.dtype)
         y, after, handed = asked.branch(x, state, Call("step", values=given))
         y = y if asked.additive else asked.join(x, y)
-        return y, after, tuple(handed.values[name] for name in sorted(made) if made[name][1])
+        return y, after, tuple(handed.values[name] for name in self.made[index])

@@ -230,7 +230,7 @@ def _refuse_own(model: LanguageModel) -> None:
     if own(model, LanguageModel, "step", "_run"):
         raise Unsupported(f"{type(model).__name__} has its own step")
     for index, layer in enumerate(model.layers):
-        if own(layer, Layer, "forward") or getattr(type(layer), "blocks", None) is not Layer.blocks:
+        if own(layer, Layer, "forward", "sequence"):
             raise Unsupported(f"layers.{index} has its own step")
         refuse_hook(f"layers.{index}", layer)
     for name in ("embedding", "embed_norm", "norm", "head"):

@@ -72,7 +72,7 @@ class Recording:
         self.blocks = [
             Block((layer, index), block, reason=python.get((layer, index)))
             for layer, module in enumerate(model.layers)
-            for index, block in enumerate(module.blocks)
+            for index, block in enumerate(module.sequence())
         ]
 
     def record(self, model: LanguageModel) -> None:
@@ -179,7 +179,8 @@ def _begun(state: Any) -> Any:
 def _lower_block(to: Lowering, block: Block, x: Tensor, call: Call, rows: int) -> tuple[Tensor, Call]:
     """The instructions of the block; the stream and the call after it."""
     for name, module, itself in block.block.called():
-        refuse_hook(name, module if itself else None)
+        if itself:
+            refuse_hook(name, module)
     before = _begun(block.block.init_state(rows))
     for name, leaf, pad in states.leaves(before):
         if leaf.is_complex() or leaf.dtype not in to.dtypes | {torch.int64}:
@@ -208,9 +209,14 @@ def own(instance: Any, kind: type, *names: str) -> bool:
     return any(getattr(getattr(instance, name), "__func__", None) is not getattr(kind, name) for name in names)
 
 
-def refuse_hook(name: str, module: nn.Module | None) -> None:
+def hooked(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its ``forward``."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def refuse_hook(name: str, module: nn.Module) -> None:
     """What a hook does besides, a replay would not do."""
-    if module is not None and (module._forward_hooks or module._forward_pre_hooks):
+    if hooked(module):
         raise Unsupported(f"{name} has a forward hook")
 
 

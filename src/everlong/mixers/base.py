@@ -110,7 +110,7 @@ class Mixer(nn.Module):
     Config: ClassVar[type[Config]] = Config
     memory: ClassVar[Memory] = "constant"
     equation: ClassVar[str] = ""  # one line for tables
-    values: ClassVar[tuple[str, ...]] = ()  # names of what it reads of, or hands on to, other blocks of the same call
+    values: ClassVar[tuple[str, ...]] = ()  # names of what it reads, hands on or reports as losses (see ``call``)
     no_decay: ClassVar[tuple[str, ...]] = ()  # parts that weight decay must spare, beside all vectors
     cfg: Any  # the class's own Config
     lr_scales: ClassVar[dict[str, float]] = {}  # parameters that learn at a multiple of the learning rate

@@ -12,7 +12,7 @@ from .. import config
 from ..blocks import base as block_base
 from ..blocks.base import Norm
 from ..blocks.residual import Branch, Residual
-from ..call import NOTHING, Call, Handed
+from ..call import Call, Handed, through
 from ..config import suggest
 from ..feedforward.base import FeedForward
 from ..feedforward.mlp import MLP
@@ -67,47 +67,42 @@ class Layer(nn.Module):
 
     def __init__(self, cfg: Config, d_model: int, depth: base.Depth = base.Depth()) -> None:
         super().__init__()
-        self.sequence = self.mixer_norm = self.mixer = self.mlp_norm = self.mlp = None
+        self.blocks = self.mixer_norm = self.mixer = self.mlp_norm = self.mlp = None
         if cfg.blocks:
-            self.sequence = nn.ModuleList(block.build(d_model, depth) for block in cfg.blocks)
+            self.blocks = nn.ModuleList(block.build(d_model, depth) for block in cfg.blocks)
             return
         assert cfg.mixer is not None
         self.mixer_norm, self.mixer = cfg.norm.build(d_model), cfg.mixer.build(d_model, depth)
         if cfg.mlp is not None:
             self.mlp_norm, self.mlp = cfg.norm.build(d_model), cfg.mlp.build(d_model, depth)
 
-    @property
-    def blocks(self) -> list[Any]:
-        """The blocks, in order."""
-        if self.sequence is not None:
-            return list(self.sequence)
+    def sequence(self) -> list[Any]:
+        """The blocks, in order, of either form."""
+        if self.blocks is not None:
+            return list(self.blocks)
         pairs = [(self.mixer_norm, self.mixer), (self.mlp_norm, self.mlp)]
         return [Branch(norm, inner) for norm, inner in pairs if inner is not None]
 
     def mixers(self) -> Iterator[base.Mixer]:
         """The mixers and feed-forwards inside, in order."""
-        for block in self.blocks:
+        for block in self.sequence():
             yield from block.mixers()
 
     def init_state(self, batch: int) -> tuple[Any, ...]:
         """The states of the blocks before the first token."""
-        return tuple(block.init_state(batch) for block in self.blocks)
+        return tuple(block.init_state(batch) for block in self.sequence())
 
     def workspace(self, state: tuple[Any, ...]) -> block_base.Workspaces:
         """The workspaces of the blocks, which begin with ``state``."""
-        return block_base.Workspaces(self.blocks, state)
+        return block_base.Workspaces(self.sequence(), state)
 
     def forward(self, x: Tensor, state: Any, call: Call = Call()) -> tuple[Tensor, Any, Handed]:
         """x [B T D] -> x [B T D], state, what its blocks hand on; [B D] in a call of single tokens.
 
         In the way "step_", ``state`` is a workspace, which is written in place.
         """
-        after, all_handed = [], NOTHING
-        for block, kept in zip(self.blocks, state, strict=True):
-            x, kept, handed = block(x, kept, call)
-            call, all_handed = call.after(handed), all_handed.plus(handed)
-            after.append(kept)
-        return x, state if call.way == "step_" else tuple(after), all_handed
+        x, after, handed = through(self.sequence(), x, state, call)
+        return x, state if call.way == "step_" else after, handed
 
 
 Layer.Config.owner = Layer

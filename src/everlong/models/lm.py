@@ -19,7 +19,7 @@ from .. import config, shapes
 from .. import state as states
 from ..blocks import shared
 from ..blocks.base import ORDER, Workspaces
-from ..call import EMBEDDINGS, NOTHING, Call
+from ..call import EMBEDDINGS, Call, through
 from ..mixers import base
 from ..ops.linear import Linear, linear
 from ..ops.native import waiting
@@ -147,7 +147,7 @@ class LanguageModel(nn.Module):
     @property
     def memory(self) -> str:
         """The fastest growth among the layers: none, constant, window or linear."""
-        return max((block.memory for layer in self.layers for block in layer.blocks), key=ORDER.index)
+        return max((mixer.memory for layer in self.layers for mixer in layer.mixers()), key=ORDER.index)
 
     def init_state(self, batch: int) -> State:
         """The state before the first token, for ``batch`` rows."""
@@ -203,12 +203,8 @@ class LanguageModel(nn.Module):
     def _run(self, x: Tensor, state: Any, call: Call) -> tuple[Tensor, tuple[Any, ...], Mapping[str, Tensor]]:
         """The layers one after another, each with what those before it have handed on."""
         call = call._replace(values={EMBEDDINGS: x}) if self._reads_embeddings else call
-        after, all_handed = [], NOTHING
-        for layer, kept in zip(self.layers, state, strict=True):
-            x, kept, handed = layer(x, kept, call)
-            call, all_handed = call.after(handed), all_handed.plus(handed)
-            after.append(kept)
-        return x, tuple(after), all_handed.losses
+        x, after, handed = through(self.layers, x, state, call)
+        return x, after, handed.losses
 
     def _begin(self, tokens: Tensor, state: State | None, starts: Tensor | None) -> State:
         batch, time = shapes.dims("tokens B T", tokens)
